@@ -1,0 +1,74 @@
+# make demo      real images to in-context answers, on a CPU, all set-up included
+# make test      the core tests, all set-up included        make test-full   everything
+# make check     format, lint, types                        make bench       timings on this machine
+# make bench-gpu PY=python3    timings on a GPU host, with the Python and torch that are there
+# make clean     removes what can be made again; never a run
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= $(shell for p in python3.12 python3.11 python3.13 python3; do \
+	"$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo "$$p" && break; done)
+VENV ?= .venv
+PY ?= $(VENV)/bin/python
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+BENCH ?= attention
+DEMO ?= quick
+RUN ?= runs/demo
+
+.PHONY: help demo test test-full check bench bench-gpu clean
+
+help:
+	@sed -n '1,6s/^# //p' Makefile
+
+# torch first and alone: a CUDA host takes the default wheel, any other Linux the CPU one. Where pip
+# knows no CPU wheel, uv fetches it (its --torch-backend knows where they are).
+$(VENV)/torch: constraints.txt
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "make: no Python 3.11 or newer with venv found; install one or give PYTHON=/path/to/python3" >&2; exit 1; fi
+	@echo "setting up $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV)
+	@torch=$$(sed -n 's/^torch==//p' constraints.txt); \
+	if [ "$$(uname)" != Linux ] || command -v nvidia-smi >/dev/null; then $(PIP) install -q "torch==$$torch"; \
+	else $(PIP) install -q "torch==$$torch+cpu" 2>/dev/null || { \
+		$(PIP) install -q uv; VIRTUAL_ENV=$(CURDIR)/$(VENV) $(VENV)/bin/uv pip install -q --torch-backend=cpu "torch==$$torch"; }; fi
+	@touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml
+	@$(PIP) install -q -e '.[demo]' || { \
+		echo "make: the demo's renderer has no wheel here; photographs stand in for its frames" >&2; \
+		$(PIP) install -q -e . scikit-image matplotlib; }
+	@touch $@
+
+$(VENV)/dev: $(VENV)/torch pyproject.toml
+	@$(PIP) install -q -e '.[dev,demo,video]'
+	@touch $@
+
+demo: $(VENV)/demo
+	@$(PY) -m examples.demo --out $(RUN) --size $(DEMO)
+
+# Two worker processes of one thread each: a test's own threads would fight over the cores.
+test: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
+test-full: $(VENV)/dev
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "slow and not gpu"
+	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) -m pytest -m gpu; \
+	else echo "no CUDA device: the tests marked gpu were not run"; fi
+
+check: $(VENV)/dev
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+bench: $(VENV)/dev
+	@$(PY) -m kernels.bench $(BENCH)
+
+bench-gpu:
+	@$(PY) -m kernels.bench $(BENCH) --device cuda
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info
+	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

@@ -1,0 +1,111 @@
+"""Time attention on this machine: python -m kernels.bench attention [--device cuda].
+
+Prints one line a case, with TFLOP/s counted over the pairs that the mask allows, then one JSON line
+with the device and the versions, for docs/benchmarks.md. argparse, since a GPU host may have torch
+and little else.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+
+import torch
+
+from kernels.attention import Mask, attention, densify, resolve
+
+
+def seconds(body: Callable[[], object], *, device: str, repeats: int) -> float:
+    """Return the median time of a call, after one that warms up."""
+    times = []
+    for i in range(repeats + 1):
+        start = time.perf_counter()
+        body()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if i:
+            times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def masks(rows: int, length: int, device: str) -> dict[str, Mask]:
+    """Return the masks of one document a row, of sixteen, and of four with sixteenths between."""
+    index = torch.arange(length, device=device, dtype=torch.int32).expand(rows, length)
+    image = max(1, length // 16)
+    return {
+        "causal": Mask(causal=True),
+        "packed by 1 image": Mask.interval(index // image * image, index + 1),
+        "packed by 4 images": Mask.interval(index // (4 * image) * (4 * image), index + 1),
+    }
+
+
+def attention_table(device: str, *, repeats: int, dtype: torch.dtype) -> list[dict[str, object]]:
+    """Time forward and forward with backward over shapes and masks."""
+    shapes = [(4, 16, 4096, 128), (4, 32, 4096, 100)] if device == "cuda" else [(1, 4, 1024, 64)]
+    table: list[dict[str, object]] = []
+    for rows, heads, length, dim in shapes:
+        q, k, v = (
+            torch.randn(
+                rows, heads, length, dim, device=device, dtype=dtype, requires_grad=True
+            )
+            for _ in range(3)
+        )  # fmt: skip
+        for name, mask in masks(rows, length, device).items():
+            dense = densify(mask, length)
+            pairs = float(length * (length + 1) // 2 if dense is None else int(dense[0].sum()))
+            prepared = resolve(mask, length)
+
+            def forward() -> torch.Tensor:
+                return attention(q, k, v, prepared)  # noqa: B023 - called before the next turn
+
+            def both() -> None:
+                forward().sum().backward()
+
+            flops = 4.0 * rows * heads * dim * pairs
+            fwd = seconds(forward, device=device, repeats=repeats)
+            all_ = seconds(both, device=device, repeats=repeats)
+            table.append(
+                {
+                    "shape": f"{rows}x{heads}x{length}x{dim}",
+                    "mask": name,
+                    "fwd ms": round(fwd * 1e3, 3),
+                    "fwd+bwd ms": round(all_ * 1e3, 3),
+                    "fwd TFLOP/s": round(flops / fwd / 1e12, 4),
+                    "fwd+bwd TFLOP/s": round(3.5 * flops / all_ / 1e12, 4),
+                }
+            )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
+    parser.add_argument("what", choices=["attention"], nargs="?", default="attention")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--repeats", type=int, default=10, help="timed calls; the median counts")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, "kernels.bench: no CUDA device here; run it with --device cpu\n")
+    table = attention_table(options.device, repeats=options.repeats, dtype=torch.bfloat16)
+    for row in table:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    name = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()
+    print(
+        json.dumps(
+            {
+                "bench": options.what,
+                "device": name or platform.machine(),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "dtype": "bfloat16",
+                "date": date.today().isoformat(),
+                "rows": table,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

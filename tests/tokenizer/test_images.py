@@ -1,0 +1,134 @@
+"""What read_image accepts, refuses and returns."""
+
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tokenizer.images import BadImage, encode_image, grid, list_images, read_image, save_image
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("cut.jpg", encode_image(noise(64, 64), format="JPEG")[:900], "truncated"),
+        ("cut.png", encode_image(noise(64, 64))[:900], "truncated"),
+        ("text.png", b"this is no image", "not an image"),
+        ("empty.png", b"", "empty file"),
+        ("bytes.jpg", b"\xff\xd8\xff\xe0" + b"\x00" * 64, "not an image"),
+    ],
+)
+def test_unusable_file_is_refused_with_its_reason(
+    tmp_path: Path, name: str, content: bytes, reason: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    for source in (tmp_path / name, content):
+        with pytest.raises(BadImage) as caught:
+            read_image(source, size=32)
+        assert caught.value.reason == reason
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadImage, match="missing file"):
+        read_image(tmp_path / "no.png", size=32)
+
+
+def test_refusal_survives_the_way_home_from_a_worker() -> None:
+    error = pickle.loads(pickle.dumps(BadImage("truncated", "a.jpg")))
+    assert (error.reason, error.detail) == ("truncated", "a.jpg")
+
+
+@pytest.mark.parametrize("preprocess", ["squash", "crop"])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 200), (33, 17), (17, 33), (31, 32), (300, 301), (32, 32)]
+)
+def test_every_shape_becomes_the_square(preprocess, shape: tuple[int, int]) -> None:
+    image = read_image(encode_image(noise(*shape)), size=32, preprocess=preprocess)
+    assert image.shape == (32, 32, 3) and image.dtype == np.uint8
+
+
+def test_crop_keeps_the_middle_and_squash_keeps_all() -> None:
+    wide = np.zeros((40, 120, 3), np.uint8)
+    wide[:, :40, 0], wide[:, 40:80, 1], wide[:, 80:, 2] = 255, 255, 255
+    crop = read_image(encode_image(wide), size=40, preprocess="crop")
+    assert np.array_equal(crop, wide[:, 40:80])
+    squash = read_image(encode_image(wide), size=40, preprocess="squash")
+    assert [squash[20, x].argmax() for x in (2, 20, 37)] == [0, 1, 2]
+
+
+def test_an_image_of_the_right_size_is_not_touched() -> None:
+    image = noise(32, 32)
+    for preprocess in ("squash", "crop"):
+        assert np.array_equal(
+            read_image(encode_image(image), size=32, preprocess=preprocess), image
+        )
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped() -> None:
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    image = read_image(encoded(Image.fromarray(ramp), "PNG"), size=32)
+    assert np.abs(image[..., 0] - ramp / 257.0).max() <= 0.5  # rounding to 8 bits
+    assert np.array_equal(image[..., 0], image[..., 2])
+
+
+def test_palette_with_transparency_becomes_rgb() -> None:
+    palette = Image.fromarray(np.tile(np.arange(4, dtype=np.uint8), (32, 8))).convert("P")
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9] + [0] * 756)
+    image = read_image(encoded(palette, "PNG", transparency=bytes([255, 128, 255, 0])), size=32)
+    assert image[0, :4].tolist() == [[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9]]
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "1"])
+def test_other_colour_modes_become_rgb(mode: str) -> None:
+    format = "TIFF" if mode == "CMYK" else "PNG"
+    image = Image.new("RGB", (32, 32), (255, 255, 255)).convert(mode)
+    assert read_image(encoded(image, format), size=32).min() == 255
+
+
+def test_camera_rotation_is_applied() -> None:
+    upright = np.zeros((32, 32, 3), np.uint8)
+    upright[:16] = 255  # the upper half is white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate by 90° clockwise to show": stored lying on its side
+    stored = Image.fromarray(np.rot90(upright).copy())
+    image = read_image(encoded(stored, "PNG", exif=exif), size=32)
+    assert np.array_equal(image, upright)
+
+
+def test_large_jpeg_decoded_small_is_close_to_the_full_decode() -> None:
+    y, x = np.mgrid[0:512, 0:512] / 512.0
+    smooth = (np.stack([x, y, x * y], -1) * 255).astype(np.uint8)
+    image = read_image(encode_image(smooth, format="JPEG", quality=95), size=32)
+    exact = read_image(encode_image(smooth), size=32)
+    # JPEG and the two ways to shrink a smooth picture differ by a few grey levels at most.
+    assert np.abs(image.astype(int) - exact).max() <= 6
+
+
+def test_images_are_listed_in_natural_order(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    for name in ("f10.png", "f2.PNG", "b/f1.jpg", "notes.txt", ".hidden.png"):
+        (tmp_path / name).write_bytes(b"")
+    names = [p.relative_to(tmp_path).as_posix() for p in list_images(tmp_path)]
+    assert names == ["b/f1.jpg", "f2.PNG", "f10.png"]
+
+
+def test_grid_lays_images_out_row_by_row(tmp_path: Path) -> None:
+    sheet = grid(noise(3 * 4, 4).reshape(3, 4, 4, 3), columns=2, gap=1, scale=2)
+    assert sheet.shape == (19, 19, 3)
+    assert np.array_equal(sheet[10:18:2, 1:9:2], noise(3 * 4, 4).reshape(3, 4, 4, 3)[2])
+    assert (sheet[10:, 10:] == 255).all()
+    save_image(tmp_path / "sheet.png", sheet)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "sheet.png")), sheet)

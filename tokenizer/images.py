@@ -1,0 +1,133 @@
+"""Image files to uint8 arrays and back: one way to decode, resize and refuse, for every command.
+
+`squash` resizes to a square and loses the aspect ratio (LVM: bicubic); `crop` resizes the shorter
+side and cuts the centre (DeLVM: bilinear).
+"""
+
+import io
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+Preprocess = Literal["squash", "crop"]
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+
+
+class BadImage(Exception):
+    """An image that cannot be used. `reason` is a short fixed phrase, to be counted by."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+    def __reduce__(self) -> tuple[type["BadImage"], tuple[str, str]]:
+        return BadImage, (self.reason, self.detail)  # worker processes send it home
+
+
+def read_image(
+    source: Path | str | bytes, *, size: int, preprocess: Preprocess = "squash"
+) -> np.ndarray:
+    """Decode one image to uint8 [size, size, 3] RGB; raises BadImage with the reason.
+
+    JPEGs much larger than `size` are decoded at a reduced scale (Pillow's draft mode), camera
+    rotation is applied, 16-bit grey (depth maps) is scaled rather than clipped.
+    """
+    name = "bytes" if isinstance(source, bytes) else str(source)
+    try:
+        if isinstance(source, bytes):
+            data: io.BytesIO | Path = io.BytesIO(source)
+            empty = not source
+        else:
+            data = Path(source)
+            empty = os.path.getsize(data) == 0
+        if empty:
+            raise BadImage("empty file", name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large images and odd EXIF blocks
+            with Image.open(data) as image:
+                image.draft("RGB", (size, size))
+                return np.asarray(_fit(_to_rgb(ImageOps.exif_transpose(image)), size, preprocess))
+    except UnidentifiedImageError as error:
+        raise BadImage("not an image", name) from error
+    except Image.DecompressionBombError as error:
+        raise BadImage("too large", name) from error
+    except FileNotFoundError as error:
+        raise BadImage("missing file", name) from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
+        reason = "truncated" if "truncated" in str(error) else "unreadable"
+        raise BadImage(reason, f"{name}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255
+        grey = np.asarray(image).astype(np.float32) / 257.0
+        return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadImage("unsupported mode", "32-bit float image; store depth as 8 or 16-bit PNG")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _fit(image: Image.Image, size: int, preprocess: Preprocess) -> Image.Image:
+    if preprocess == "squash":
+        if image.size == (size, size):
+            return image
+        return image.resize((size, size), Image.Resampling.BICUBIC)
+    width, height = image.size
+    short = min(width, height)
+    # The integer arithmetic of torchvision's Resize and CenterCrop, which DeLVM used.
+    width, height = (
+        (size, int(size * height / width)) if width == short else (int(size * width / height), size)
+    )
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = round((width - size) / 2.0), round((height - size) / 2.0)
+    return image.crop((left, top, left + size, top + size))
+
+
+def natural_key(name: str) -> list[tuple[bool, int, str]]:
+    """Sort key under which frame2 comes before frame10."""
+    parts = re.split(r"(\d+)", name)
+    return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts if p]
+
+
+def list_images(folder: Path | str) -> list[Path]:
+    """Return all image files below `folder` in natural order of their relative paths."""
+    folder = Path(folder)
+    files = (
+        Path(root) / name
+        for root, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if Path(name).suffix.lower() in SUFFIXES and not name.startswith(".")
+    )
+    return sorted(files, key=lambda p: natural_key(p.relative_to(folder).as_posix()))
+
+
+def save_image(path: Path | str, image: np.ndarray) -> None:
+    """Write uint8 [H, W, 3] as the format that the suffix of `path` names."""
+    Image.fromarray(image).save(path)
+
+
+def encode_image(image: np.ndarray, *, format: str = "PNG", quality: int = 90) -> bytes:
+    """Return uint8 [H, W, 3] as the bytes of a PNG, JPEG or WEBP file."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format=format, quality=quality)
+    return buffer.getvalue()
+
+
+def grid(images: np.ndarray, *, columns: int, gap: int = 2, scale: int = 1) -> np.ndarray:
+    """Lay out uint8 [N, H, W, 3] row by row on white; `scale` enlarges pixels by repetition."""
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    n, h, w, _ = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        y, x = gap + (i // columns) * (h + gap), gap + (i % columns) * (w + gap)
+        sheet[y : y + h, x : x + w] = image
+    return sheet
