@@ -1,0 +1,63 @@
+"""What a model reads: ids, labels and the integer vectors of the mask rule."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+IGNORE = -100  # label of a position that has none; the default of torch's cross entropy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """B rows of T positions.
+
+    Position q may read k iff `doc[q] == doc[k]` and `block[k] <= block[q]` and, where there are
+    islands, `island[k] == 0` or `island[k] == island[q]`.
+
+        ids     [B, T] int64   inputs
+        labels  [B, T] int64   what each position predicts; IGNORE where nothing
+        doc     [B, T] int32   document of a position; contiguous, non-decreasing along a row
+        block   [B, T] int32   order inside the row; causal: the position
+        pos     [B, T] int32   position for the rotary embedding; starts again at each document
+        island  [B, T] int32   or None where there are none
+        source  [B]    int32   which source of the manifest the row comes from
+    """
+
+    ids: Tensor
+    labels: Tensor
+    doc: Tensor
+    block: Tensor
+    pos: Tensor
+    source: Tensor
+    island: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.ids.shape[0]
+
+    @property
+    def tokens(self) -> int:
+        """Positions in all rows, padding included: what the hardware computes."""
+        return self.ids.numel()
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
+        moved = {
+            name: value.to(device, non_blocking=non_blocking)
+            for name, value in self._tensors().items()
+        }
+        return replace(self, **moved)
+
+    def split(self, rows: int) -> list[Self]:
+        """Cut into micro-batches of at most `rows` rows; the tensors are views."""
+        if rows < 1:
+            raise ValueError(f"a micro-batch has at least one row, not {rows}")
+        return [
+            replace(self, **{k: v[first : first + rows] for k, v in self._tensors().items()})
+            for first in range(0, self.rows, rows)
+        ]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
