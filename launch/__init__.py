@@ -1,0 +1,1 @@
+"""Slurm launchers: readable sbatch files and what they share."""

@@ -1,0 +1,102 @@
+"""The run folder: is this command that run, where does it stand, what is written about it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lvm import metrics
+from lvm.checkpoint import Phase, Trainer
+from lvm.config import Reads, Run, differences
+from lvm.parallel import World
+from tokenizer.cli import InputError, duration
+from tokenizer.files import atomic_write
+from visual_sentences.loader import check_batch
+from visual_sentences.manifest import Manifest
+from visual_sentences.mixture import Mixture
+
+
+def resolve(run: Run, manifest: Manifest, world: World) -> Run:
+    """Fill in what the data and the ranks decide; raises InputError where they do not fit."""
+    needed = manifest.vocab.pad + 1
+    width = run.model.vocab_size or manifest.vocab.size
+    if width < needed:
+        raise InputError(
+            f"--model.vocab-size {width} is too small for {run.data}: its tokenizer has "
+            f"{manifest.codebook_size} codes and needs {needed} ids with the specials; 0 takes "
+            f"{manifest.vocab.size}"
+        )
+    check_batch(run.batch_rows, world=world.size)
+    micro = min(run.micro_rows, run.batch_rows // world.size)
+    check_batch(run.batch_rows, world=world.size, micro_rows=micro)
+    if run.eval_every and "val" not in manifest.splits:
+        raise InputError(
+            f"--eval-every {run.eval_every}: {run.data} has no split val, only "
+            f"{', '.join(manifest.splits)}; build it with splits, or use --eval-every 0"
+        )
+    return replace(run, micro_rows=micro, model=replace(run.model, vocab_size=width))
+
+
+def standing(run: Run, manifest: Manifest, folder: Path | None) -> Trainer:
+    """Return where the run of `run.out` stands; raises InputError where `run` is not that run."""
+    mixture = Mixture.of(manifest, split="train", seed=run.seed).counts()
+    phase = Phase(manifest=manifest.hash, mixture=mixture, first=0)
+    trainer = Trainer(phases=(phase,)) if folder is None else Trainer.load(folder)
+    if (seen := trainer.phases[-1].manifest) != manifest.hash:
+        raise InputError(
+            f"{run.out} was trained on data with manifest {seen[:12]}, {run.data} has "
+            f"{manifest.hash[:12]}: the samples would not be the same. Give it the old data, build "
+            "that again, or start a new run with another --out"
+        )
+    config = Path(run.out) / "config.json"
+    if config.exists():
+        old = Run.from_json(json.loads(config.read_text(encoding="utf-8")))
+        if found := differences(old, run):
+            raise InputError(
+                f"{run.out} is a run of another config ({'; '.join(found)}); give it the old "
+                "values, or start a new run with another --out"
+            )
+    return trainer
+
+
+def finished(run: Run, trainer: Trainer) -> bool:
+    """Say whether the run has met one of its bounds, `steps` or `seconds`."""
+    return trainer.step >= run.steps or bool(run.seconds and trainer.elapsed >= run.seconds)
+
+
+def open_folder(run: Run, manifest: Manifest, environment: dict[str, Any]) -> None:
+    """Write what a run folder says about the run."""
+    out = Path(run.out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "DONE").unlink(missing_ok=True)
+    with atomic_write(out / "config.json", "w") as file:
+        json.dump(run.to_json(), file, indent=1)
+    metrics.record_environment(out / "environment.json", environment)
+    Reads(
+        layout=run.layout,
+        codes=manifest.codebook_size,
+        codes_per_image=manifest.codes_per_image,
+        row_len=manifest.row_len,
+        image_size=manifest.image_size,
+        tokenizer=manifest.tokenizer,
+        whole_rows=run.whole_rows,
+    ).save(out)
+
+
+def close_folder(run: Run, trainer: Trainer) -> None:
+    """Mark the run as finished; a run that was marked before keeps its mark."""
+    if (Path(run.out) / "DONE").exists():
+        return
+    with atomic_write(Path(run.out) / "DONE", "w") as file:
+        file.write(summary(run, trainer) + "\n")
+
+
+def summary(run: Run, trainer: Trainer) -> str:
+    """Say in a line how far the run came, and which of its bounds it met."""
+    bound = f"of {run.steps:,} updates"
+    if run.seconds:
+        bound += f" or {duration(run.seconds)}, whichever comes first"
+    return (
+        f"{trainer.step:,} updates ({bound}), {trainer.samples:,} rows, {trainer.tokens:,} tokens "
+        f"in {duration(trainer.elapsed)}: {run.out}"
+    )

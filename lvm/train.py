@@ -1,0 +1,299 @@
+"""Train a model on visual sentences: `python -m lvm.train RECIPE --data DIR --out RUN`.
+
+One loop for a laptop, one GPU and many. A run folder holds
+
+    config.json        the run, with every value resolved
+    lvm.json           what the model reads: layout, codes, specials, tokenizer
+    environment.json   code, packages, command and hardware of each start
+    metrics.jsonl      see lvm.metrics
+    checkpoints/       and `latest`, the name of the newest: see lvm.checkpoint
+    DONE               the summary, once the run is finished
+
+The same command goes on where a run was stopped: the weights, optimiser and place in the data are
+those of its latest checkpoint, so at the same number of ranks it ends bit by bit where it would
+have ended undisturbed. SIGTERM, SIGUSR1 and SIGINT finish the update, save and exit with code 0.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kernels.attention import densify
+from lvm import checkpoint, metrics, optim, parallel
+from lvm.checkpoint import Trainer
+from lvm.config import Run
+from lvm.mask import attention_mask, leaks
+from lvm.model import Transformer, build
+from lvm.objectives import Sums
+from lvm.objectives.next_code import next_code
+from lvm.parallel import Signals, World
+from lvm.recipes import recipe, recipes
+from lvm.run_folder import close_folder, finished, open_folder, resolve, standing, summary
+from tokenizer.cli import CommandError, InputError, Progress, guarded
+from tokenizer.cli import run as run_command
+from visual_sentences.batch import IGNORE, Batch
+from visual_sentences.loader import Loader
+from visual_sentences.manifest import Manifest
+from visual_sentences.pack import Rows, pack
+
+PROG = "python -m lvm.train"
+
+
+class Learner(nn.Module):
+    """The trunk and its term as one module, so that FSDP gathers the head within its forward."""
+
+    def __init__(self, model: Transformer, *, z_loss: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.z_loss = model, z_loss
+
+    def forward(self, batch: Batch) -> Sums:
+        mask = attention_mask(batch.doc, batch.block, batch.island)
+        logits = self.model(batch.ids, pos=batch.pos, mask=mask)
+        return next_code(logits, batch.labels, z_loss=self.z_loss)
+
+
+def backward(learner: nn.Module, batch: Batch, *, run: Run, world: World) -> Tensor:
+    """Add the gradient of the global mean loss; returns this rank's [loss, nll, correct, count].
+
+    Every micro-batch's sum is divided by the number of labels in the whole batch, on all ranks:
+    that, rather than a mean of means, makes accumulation, ranks and packing change no number. FSDP
+    averages gradients over ranks, which the factor `world.size` undoes.
+    """
+    scale = world.size / world.total((batch.labels != IGNORE).sum())
+    totals = torch.zeros(4, device=world.device)
+    for micro in batch.split(run.micro_rows):
+        with parallel.compute(world, precision=run.precision):
+            sums = learner(micro)
+        (sums.loss * scale).backward()
+        totals += torch.stack([sums.loss.detach(), sums.nll, sums.correct, sums.count])
+    return totals
+
+
+def refuse_leaks(batch: Batch) -> None:
+    """Raise CommandError if the mask lets a position read the input that is its own label."""
+    for row in batch.split(1):
+        reads = densify(attention_mask(row.doc, row.block, row.island), row.ids.shape[1])
+        assert reads is not None, "a packed batch has an interval mask"
+        if found := int(leaks(reads, row.ids, row.labels, row.doc, ignore=IGNORE)):
+            raise CommandError(
+                f"{found} positions of the first batch may read their own label; a model trained "
+                "like this learns to copy. This is a defect of the recipe's layout or mask"
+            )
+
+
+class Training:
+    """One start of a run: model, data and optimiser as its last checkpoint left them."""
+
+    def __init__(
+        self, run: Run, trainer: Trainer, folder: Path | None, *, manifest: Manifest, world: World
+    ) -> None:
+        self.run, self.trainer, self.manifest, self.world = run, trainer, manifest, world
+        self.out = Path(run.out)
+        self.first = self.saved = trainer.step
+        model = build(run.model, seed=run.seed)
+        self.learner = Learner(model, z_loss=run.z_loss)
+        parallel.shard(self.learner, model.layers, world, precision=run.precision)
+        self.parameters = list(self.learner.parameters())
+        self.optimisers = optim.optimisers(self.learner, run.optim)
+        if folder is not None:
+            checkpoint.load(folder, model=self.learner, optimisers=self.optimisers, world=world)
+        self.loader = self.rows_of("train", run.batch_rows, start=trainer.samples)
+        self.log = metrics.Log(self.out / "metrics.jsonl", step=trainer.step, enabled=world.main)
+        self.window = metrics.Window()
+        self.began = time.perf_counter() - trainer.elapsed
+        self.factor, self.norm = 0.0, torch.zeros(())
+        self.progress = Progress(
+            "train",
+            total=run.steps,
+            unit="updates",
+            done=trainer.step,
+            seconds=run.seconds - trainer.elapsed if run.seconds else None,
+            enabled=world.main,
+        )
+
+    def rows_of(self, split: str, batch_rows: int, *, start: int = 0) -> Loader:
+        return Loader(
+            self.run.data,
+            split=split,
+            batch_rows=batch_rows,
+            rank=self.world.rank,
+            world=self.world.size,
+            start=start,
+            seed=self.run.seed,
+            workers=self.run.workers,
+        )
+
+    def batch(self, rows: Rows) -> Batch:
+        """Pack on the device; a GPU fetches the rows while it computes what was asked before."""
+        if self.world.device.type == "cuda":
+            rows = rows.pin_memory()
+        return pack(
+            rows.to(self.world.device, non_blocking=True),
+            layout=self.run.layout,
+            vocab=self.manifest.vocab,
+            whole_rows=self.run.whole_rows,
+        )
+
+    def go(self, signals: Signals) -> None:
+        """Train until the run is finished or a rank has been told to stop, and save."""
+        run, stream = self.run, iter(self.loader)
+        with self.progress:
+            while not finished(run, self.trainer):
+                # One small sum over the hosts, so that all ranks stop and schedule alike.
+                clock = time.perf_counter() - self.began if self.world.main else 0.0
+                told, elapsed = self.world.add(bool(signals.seen), clock)
+                self.trainer = replace(self.trainer, elapsed=elapsed)
+                if told or finished(run, self.trainer):
+                    break
+                self.update(stream)
+                self.progress.update(1)
+                step = self.trainer.step
+                saves, evaluates = step % run.save_every == 0, _due(step, run.eval_every)
+                if saves or step % run.log_every == 0:
+                    self.report()  # before a save, so that none holds a loss that is not finite
+                paused = time.perf_counter()
+                if evaluates:
+                    self.validate()
+                if saves:
+                    self.save()
+                self.window.pause(time.perf_counter() - paused)
+            if self.window.sums:
+                self.report()
+            if self.trainer.step != self.saved:
+                self.save()
+
+    def update(self, stream: Iterator[Rows]) -> None:
+        """Take one batch and make one update. Nothing here waits for the device."""
+        run, trainer = self.run, self.trainer
+        asked = time.perf_counter()
+        rows = next(stream)
+        waited = time.perf_counter() - asked
+        batch = self.batch(rows)
+        if trainer.step == self.first:
+            refuse_leaks(batch.split(run.micro_rows)[0])
+        horizon = optim.horizon(
+            trainer.step, steps=run.steps, elapsed=trainer.elapsed, seconds=run.seconds
+        )
+        self.factor = optim.rate(trainer.step, run.optim, horizon=horizon)
+        optim.set_rate(self.optimisers, self.factor)
+        sums = backward(self.learner, batch, run=run, world=self.world)
+        self.norm = optim.clip(self.parameters, run.optim.clip)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        tokens = batch.tokens * self.world.size
+        self.window.add(sums, tokens=tokens, waited=waited)
+        self.trainer = replace(
+            trainer,
+            step=trainer.step + 1,
+            samples=trainer.samples + run.batch_rows,
+            tokens=trainer.tokens + tokens,
+        )
+
+    def report(self) -> None:
+        """Write a line on the updates since the last one; waits for the device."""
+        trainer = self.trainer
+        values = self.window.close(self.world, step=trainer.step, batch_rows=self.run.batch_rows)
+        speed = values["tokens_per_s"]
+        values |= metrics.utilisation(
+            self.run, self.world, tokens_per_s=speed, row_len=self.manifest.row_len
+        )
+        self.log.write({
+            "step": trainer.step,
+            "split": "train",
+            "samples": trainer.samples,
+            "tokens": trainer.tokens,
+            **values,
+            "lr": self.run.optim.lr * self.factor,
+            "grad_norm": float(self.norm),
+            "memory_gib": metrics.memory_gib(self.world),
+            "elapsed": time.perf_counter() - self.began,
+        })  # fmt: skip
+        shown = {"loss": values["loss"], "perplexity": values["perplexity"]}
+        self.progress.update(0, **shown, **{"tokens/s": round(speed)})
+        self.window = metrics.Window()
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Write a line on rows of the split `val`, the same ones every time."""
+        run, world = self.run, self.world
+        each = run.micro_rows * world.size
+        totals = torch.zeros(3, device=world.device)
+        for rows in islice(self.rows_of("val", each), math.ceil(run.eval_rows / each)):
+            with parallel.compute(world, precision=run.precision):
+                sums = self.learner(self.batch(rows))
+            totals += torch.stack([sums.nll, sums.correct, sums.count])
+        nll, correct, count = world.total(totals).tolist()
+        values = metrics.means(nll, correct, count)
+        self.log.write({"step": self.trainer.step, "split": "val", **values})
+        self.progress.update(0, val=values["perplexity"])
+
+    def save(self) -> None:
+        checkpoint.save(
+            self.out,
+            self.trainer,
+            model=self.learner,
+            optimisers=self.optimisers,
+            world=self.world,
+            keep=self.run.keep,
+        )
+        self.saved = self.trainer.step
+
+
+def train(run: Run) -> int:
+    """Start or continue a run; returns the exit code. Raises InputError and CommandError."""
+    if missing := [f"--{name}" for name in ("data", "out") if not getattr(run, name)]:
+        raise InputError(
+            f"{' and '.join(missing)} missing; wanted --data DIR, a folder made by "
+            "`python -m visual_sentences.build`, and --out RUN, the folder of this run"
+        )
+    with Signals() as signals, parallel.world(run.device) as world:
+        manifest = Manifest.load(run.data)
+        run = resolve(run, manifest, world)
+        folder = world.share(checkpoint.latest(Path(run.out)))
+        trainer = standing(run, manifest, folder)
+        world.wait()  # nobody writes before everybody has looked
+        text = f"{run.out} is finished"
+        if not finished(run, trainer):
+            if world.main:
+                open_folder(run, manifest, metrics.environment(world, step=trainer.step))
+            training = Training(run, trainer, folder, manifest=manifest, world=world)
+            training.go(signals)
+            trainer = training.trainer
+            text = "done" if finished(run, trainer) else "told to stop; the same command goes on"
+        if world.main:
+            if finished(run, trainer):
+                close_folder(run, trainer)
+            print(f"{text}: {summary(run, trainer)}", flush=True)
+    return 0
+
+
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def main(args: Sequence[str]) -> int:
+    """Read a recipe's name, then the values that replace its own."""
+    names = ", ".join(recipes())
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(
+            f"usage: {PROG} RECIPE --data DIR --out RUN [--steps N] [--optim.lr X] …\n\n"
+            f"Recipes: {names}; or your own function as package.module.name.\n"
+            f"`{PROG} RECIPE --help` lists every value of a recipe and what it means.\n"
+        )
+        return 0 if args else 2
+    if args[0].startswith("-"):
+        raise InputError(f"{args[0]} stands where the recipe's name is wanted, one of {names}")
+    run_command(Run, train, prog=f"{PROG} {args[0]}", default=recipe(args[0]), args=args[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(lambda: main(sys.argv[1:]), prog=PROG))

@@ -1,0 +1,115 @@
+import os
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lvm.checkpoint import Phase, Trainer, latest, load, load_model_state, save, tensors
+from lvm.config import Optim
+from lvm.model import build
+from lvm.optim import optimisers
+from lvm.parallel import World
+from lvm.recipes import recipe
+from tokenizer.cli import CommandError, InputError
+
+ONE = World(device=torch.device("cpu"))
+
+
+class Holder(nn.Module):
+    """A trunk under the name that a learner gives it."""
+
+    def __init__(self, *, seed: int, width: int = 16) -> None:
+        super().__init__()
+        config = replace(recipe("tiny").model, vocab_size=128, layers=1, width=width, ffn=24)
+        self.model = build(config, seed=seed)
+
+
+def stepped(*, seed: int, name: str = "adamw", width: int = 16):
+    holder = Holder(seed=seed, width=width)
+    made = optimisers(holder, Optim(name=name))
+    holder.model(torch.arange(12).view(2, 6)).square().mean().backward()
+    for optimiser in made:
+        optimiser.step()
+    return holder, made
+
+
+def write(run, step, holder, made, *, keep=2, **values):
+    trainer = Trainer(step=step, **values)
+    save(run, trainer, model=holder, optimisers=made, world=ONE, keep=keep)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_what_was_saved_comes_back_bit_by_bit(tmp_path, name):
+    holder, made = stepped(seed=1, name=name)
+    phase = Phase(manifest="m", mixture={"a": 3}, first=0)
+    write(tmp_path, 7, holder, made, samples=56, tokens=9, elapsed=1.5, phases=(phase,))
+    folder = latest(tmp_path)
+    other = Holder(seed=2)
+    fresh = optimisers(other, Optim(name=name))
+    load(folder, model=other, optimisers=fresh, world=ONE)
+    found, expected = tensors(other, fresh), tensors(holder, made)
+    assert found.keys() == expected.keys()
+    assert len(found) > 2 * len(list(holder.parameters())) - 1  # optimiser state is among them
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    wanted = Trainer(step=7, samples=56, tokens=9, elapsed=1.5, phases=(phase,))
+    assert Trainer.load(folder) == wanted
+
+
+def test_weights_are_read_without_a_process_group_by_the_trunks_names(tmp_path):
+    holder, made = stepped(seed=1)
+    write(tmp_path, 1, holder, made)
+    found = load_model_state(tmp_path)
+    expected = holder.model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_old_checkpoints_go_and_what_a_killed_save_left_goes(tmp_path):
+    holder, made = stepped(seed=1)
+    left = tmp_path / "checkpoints" / "step-00000002.tmp-save"
+    left.mkdir(parents=True)
+    (left / "__0_0.distcp").write_bytes(b"half")
+    unnamed = tmp_path / "checkpoints" / "step-00000002"  # renamed, but killed before `latest`
+    unnamed.mkdir()
+    for step in (1, 2, 3):
+        write(tmp_path, step, holder, made, keep=2)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000003"]
+    assert latest(tmp_path).name == "step-00000003"
+    assert load_model_state(tmp_path)
+
+
+def test_a_checkpoint_of_another_shape_is_named(tmp_path):
+    holder, made = stepped(seed=1, width=16)
+    write(tmp_path, 1, holder, made)
+    other = Holder(seed=1, width=32)
+    with pytest.raises(
+        InputError, match=r"model\.embed\.weight is \(128, 16\), wanted \(128, 32\)"
+    ):
+        load(latest(tmp_path), model=other, optimisers=optimisers(other, Optim()), world=ONE)
+
+
+def test_a_run_without_a_checkpoint_says_so(tmp_path):
+    assert latest(tmp_path) is None
+    with pytest.raises(InputError, match="no checkpoint yet"):
+        load_model_state(tmp_path)
+    (tmp_path / "latest").write_text("step-00000009\n")
+    with pytest.raises(InputError, match="step-00000009, which is not there"):
+        latest(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+def test_reading_a_checkpoint_runs_no_code_of_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    holder, made = stepped(seed=1)
+    write(tmp_path, 1, holder, made)
+    (latest(tmp_path) / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CommandError, match="mkdir has no place in a checkpoint"):
+        load_model_state(tmp_path)
+    assert not (tmp_path / "exploded").exists()

@@ -1,0 +1,159 @@
+"""Two real gloo ranks with FSDP2 against one process: one start of two processes for all of it."""
+
+import json
+import os
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lvm.checkpoint import Trainer, latest, load_model_state
+from lvm.config import Run
+from lvm.parallel import World, compute, world
+from lvm.recipes import recipe
+from lvm.train import train
+from tokenizer.cli import InputError
+
+HERE = Path(__file__).parent
+
+
+def small(data: Path, out: Path, **values) -> Run:
+    run = recipe("tiny")
+    model = replace(run.model, layers=2, width=32, ffn=48)
+    optim = replace(run.optim, warmup=2, decay_steps=10)
+    base = replace(run, model=model, optim=optim, precision="fp32", device="cpu", log_every=1)
+    return replace(base, data=str(data), out=str(out), steps=10, save_every=5, **values)
+
+
+def losses(out: Path) -> list[float]:
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def on_two_ranks(runs: list[Run], folder: Path) -> None:
+    listing = folder / "runs.json"
+    listing.write_text(json.dumps([run.to_json() for run in runs]))
+    with ExitStack() as stack:  # all open at once, so that the ports differ
+        free = [stack.enter_context(socket.socket()) for _ in runs]
+        for opened in free:
+            opened.bind(("127.0.0.1", 0))
+        ports = " ".join(str(opened.getsockname()[1]) for opened in free)
+    shared = {
+        **os.environ,
+        "PYTHONPATH": str(HERE.parents[1]),
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "PORTS": ports,
+    }
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "two_ranks.py"), str(listing)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=120)
+            assert rank.returncode == 0, errors
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory) -> Path:
+    """One process to 10; two ranks to 10; one process to 5, then two ranks to 10; muon alike."""
+    folder = tmp_path_factory.mktemp("ranks")
+    one = small(data, folder / "one")
+    muon = replace(small(data, folder / "muon-one"), optim=replace(one.optim, name="muon"))
+    train(one)
+    train(muon)
+    train(replace(one, out=str(folder / "mixed"), steps=5))
+    first = replace(one, out=str(folder / "sgd-two.pt"), model=replace(one.model, vocab_size=128))
+    on_two_ranks(
+        [
+            first,
+            replace(one, out=str(folder / "two")),
+            replace(one, out=str(folder / "mixed")),
+            replace(muon, out=str(folder / "muon-two")),
+        ],
+        folder,
+    )
+    sgd_step = runpy.run_path(str(HERE / "two_ranks.py"))["sgd_step"]
+    sgd_step(replace(first, micro_rows=8), folder / "sgd-one.pt")
+    return folder
+
+
+def test_one_sgd_step_on_two_ranks_gives_the_weights_of_one_process(runs):
+    one, two = (torch.load(runs / f"sgd-{n}.pt", weights_only=True) for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:  # fp32 gradients of size 0.1, summed in another order
+        torch.testing.assert_close(two[name], one[name], rtol=0.0, atol=1e-6)
+
+
+def test_losses_on_two_ranks_are_those_of_one_process(runs):
+    """fp32 AdamW over 10 updates: sums in another order, amplified by 10 updates, stay ≤ 1e-5."""
+    assert losses(runs / "two") == pytest.approx(losses(runs / "one"), rel=1e-5)
+    assert losses(runs / "one")[-1] < losses(runs / "one")[0]
+
+
+def test_one_process_is_continued_on_two_ranks(runs):
+    assert losses(runs / "mixed") == pytest.approx(losses(runs / "one"), rel=1e-5)
+    starts = json.loads((runs / "mixed" / "environment.json").read_text())
+    assert [(start["world"], start["step"]) for start in starts] == [(1, 0), (2, 5)]
+
+
+def test_two_ranks_are_continued_on_one_process(runs, tmp_path):
+    out = tmp_path / "back"
+    shutil.copytree(runs / "two", out)
+    (out / "latest").write_text("step-00000005\n")
+    run = Run.from_json(json.loads((out / "config.json").read_text()))
+    train(replace(run, out=str(out)))
+    assert losses(out) == pytest.approx(losses(runs / "one"), rel=1e-5)
+    assert Trainer.load(latest(out)).samples == 80
+
+
+def test_weights_of_two_ranks_are_read_whole(runs):
+    one, two = load_model_state(runs / "one"), load_model_state(runs / "two")
+    assert {n: p.shape for n, p in one.items()} == {n: p.shape for n, p in two.items()}
+    for name in one:  # 1e-7 apart but where a gradient near 0 changes sign, which AdamW magnifies
+        assert (two[name] - one[name]).norm() <= 1e-4 * one[name].norm()
+
+
+def test_muon_on_two_ranks_follows_one_process(runs):
+    """Its Newton–Schulz iteration is bf16 and moves losses by up to 2e-3."""
+    assert losses(runs / "muon-two") == pytest.approx(losses(runs / "muon-one"), abs=2e-3)
+
+
+def test_one_process_needs_no_group_and_several_need_their_variables(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with world("cpu") as here:
+        assert (here.rank, here.size, here.add(2, 3.5), here.share("x")) == (0, 1, [2, 3.5], "x")
+        assert not torch.distributed.is_initialized()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match="MASTER_ADDR"), world("cpu"):
+        pass
+
+
+def test_bf16_leaves_weights_in_fp32():
+    here = World(device=torch.device("cpu"))
+    layer = torch.nn.Linear(4, 4)
+    with compute(here, precision="bf16"):
+        assert layer(torch.ones(1, 4)).dtype == torch.bfloat16
+    with compute(here, precision="fp32"):
+        assert layer(torch.ones(1, 4)).dtype == torch.float32
+    assert layer.weight.dtype == torch.float32
