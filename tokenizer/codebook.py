@@ -15,8 +15,9 @@ SEARCH_ENTRIES = 1 << 24
 def nearest(points: Tensor, vectors: Tensor) -> Tensor:
     """Return for each of `points` [N, D] the index of the closest of `vectors` [K, D], int64 [N].
 
-    Always in fp32, inside autocast and for bf16 input too: in bf16 one code in ten comes out
-    different, and with a freshly initialised codebook all of them do. On CUDA, leave
+    Always in fp32, inside autocast and for bf16 input too. With random weights and an encoder in
+    bf16, 93 % of codes equalled those of fp32, and 90 % with the search in bf16 too; with a freshly
+    initialised codebook none did. On CUDA, leave
     `torch.set_float32_matmul_precision` at "highest" where codes must equal those of a CPU.
     """
     with torch.autocast(points.device.type, enabled=False):

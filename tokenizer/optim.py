@@ -1,7 +1,8 @@
 """The optimiser of the VQ-GAN: Muon for the convolutions inside the levels, AdamW for the rest.
 
-Measured on the demo's network (120 steps of 32 images as a plain autoencoder, training PSNR): AdamW
-alone 21.7 dB at its best rate of those tried, with Muon 25.0 dB, at about equal time a step.
+Measured on the demo's network as a plain autoencoder, 120 steps of 32 images, one seed, PSNR on the
+last training batches: AdamW alone 21.7 dB (rate 5e-4) and 20.8 dB (1e-3), with Muon 25.0 dB (1e-3).
+More rates were tried for Muon (four, 24.5 to 25.1 dB) than for AdamW. Muon is 17 % of a CPU step.
 """
 
 from collections.abc import Iterator

@@ -1,9 +1,9 @@
 """One training step of a VQ-GAN after another, and the state that a checkpoint holds.
 
 A run has two phases. For the first part (`plain`) it is an ordinary autoencoder; then the codes
-start at a k-means of its latents and the decoder sees codes only. Quantising from the first step
-collapses to a handful of codes. Learning rate and phases follow the fraction of the run that is
-done, by steps or by time, whichever is further.
+start at a k-means of its latents and the decoder sees codes only. Quantising the latents of an
+untrained encoder tends to leave most codes out of use for good. Learning rate and phases follow
+the fraction of the run that is done, by steps or by time, whichever is further.
 """
 
 import math

@@ -108,8 +108,8 @@ class VQGAN(nn.Module):
     def _prepared(self, x: Tensor) -> Tensor:
         """Return `x` in the type of the weights and contiguous, whatever view came in.
 
-        In the channels_last layout torch's GroupNorm is so slow on a CPU (bf16: 25 times) that a
-        training step takes twice as long, though the convolutions are faster.
+        In the channels_last layout torch's GroupNorm is so slow on a CPU (bf16: 30 times) that a
+        training step takes nearly twice as long, though the convolutions are faster.
         """
         return x.to(self.quant_conv.weight.dtype).contiguous()
 
