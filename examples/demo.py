@@ -62,11 +62,11 @@ class Size:
 SIZES = {
     "quick": Size(
         frames=12_000,
-        share=0.5,
+        share=0.3,
         pixels=32,
         images_per_row=8,
         codes_per_image=64,
-        tokenizer=("--seconds", "110"),
+        tokenizer=("--seconds", "110", "--limit", "24000"),
         model=("--seconds", "330"),
         prompts=360,
     ),
@@ -95,8 +95,8 @@ SIZES = {
     ),
 }
 
-# Training steps that were several times slower have been seen where glibc gave every freed block back
-# to the system; the cause was not isolated, and these settings cost nothing.
+# Training steps several times slower have been seen where glibc gave every freed block back to the
+# system; the cause was not isolated, and these settings cost nothing.
 MALLOC = {
     "MALLOC_TRIM_THRESHOLD_": "4294967296",
     "MALLOC_MMAP_THRESHOLD_": "4294967296",

@@ -34,8 +34,10 @@ class Codebook(nn.Module):
     def __init__(self, codes: int, width: int, *, normalize: bool) -> None:
         super().__init__()
         self.normalize = normalize
-        self.embedding = nn.Embedding(codes, width)
-        nn.init.uniform_(self.embedding.weight, -1.0 / codes, 1.0 / codes)
+        # Given its weight, nn.Embedding draws none; on the meta device a draw costs two seconds.
+        self.embedding = nn.Embedding(codes, width, _weight=torch.empty(codes, width))
+        if not self.embedding.weight.is_meta:
+            nn.init.uniform_(self.embedding.weight, -1.0 / codes, 1.0 / codes)
 
     def vectors(self) -> Tensor:
         """Return the codes as they are compared, fp32 [K, D]."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from tokenizer.cli import CommandError, InputError, Progress
 from tokenizer.images import BadImage, Preprocess, list_images, read_image
+
+T = TypeVar("T")
 
 IN_MEMORY_BYTES = 4 << 30  # more pixels than this are decoded anew in every pass
 HELD_OUT_SHARE, HELD_OUT_MOST = 50, 512  # one image in 50, at most 512
@@ -37,6 +40,13 @@ def find_images(folders: Sequence[Path]) -> list[tuple[str, Path]]:
             raise InputError(f"{folder} has no images; wanted files such as .jpg, .png, .webp")
         found += [(f"{number}/{f.relative_to(folder).as_posix()}", f) for f in files]
     return found
+
+
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """Return at most `limit` of the items, evenly spread over their order; all for None."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[i * len(items) // limit] for i in range(limit)]
 
 
 def fingerprint(named: Sequence[tuple[str, Path]]) -> str:

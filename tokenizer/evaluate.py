@@ -18,7 +18,7 @@ from tyro.conf import Positional
 from tokenizer import interop
 from tokenizer.cli import InputError, Progress, run
 from tokenizer.codebook import perplexity
-from tokenizer.dataset import decode_all, default_workers, find_images, reasons
+from tokenizer.dataset import decode_all, default_workers, find_images, reasons, spread
 from tokenizer.devices import Device, pick_device
 from tokenizer.files import atomic_write
 from tokenizer.images import grid, save_image
@@ -109,9 +109,7 @@ def main(command: Evaluate) -> None:
         raise InputError("--batch and --limit must be more than 0")
     device = pick_device(command.device)
     model = interop.load(command.folder).to(device)
-    files = [path for _, path in find_images(command.data)]
-    if command.limit is not None and command.limit < len(files):
-        files = [files[i * len(files) // command.limit] for i in range(command.limit)]
+    files = [path for _, path in spread(find_images(command.data), command.limit)]
     images, bad = decode_all(
         files,
         size=model.image_size,

@@ -29,6 +29,7 @@ from tokenizer.dataset import (
     fingerprint,
     hold_out,
     reasons,
+    spread,
 )
 from tokenizer.devices import Device, pick_device
 from tokenizer.evaluate import SHOWN, measure, picture
@@ -38,6 +39,7 @@ from tokenizer.presets import Recipe
 from tokenizer.provenance import provenance
 from tokenizer.trainer import Trainer
 
+VAL_MOST = 2048  # images of --val that are measured
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
 
 
@@ -51,7 +53,11 @@ class Train:
     out: Path
     """Folder of the run and of the tokenizer that comes out; an unfinished run there is resumed."""
     val: tuple[Path, ...] = ()
-    """Folders of images to measure on; without it 1 in 50 of --data, at most 512, is held out."""
+    """Folders of images to measure on, at most 2048 of them; without it 1 in 50 of --data, at most
+    512, is held out."""
+    limit: int | None = None
+    """Use at most so many images of --data, spread evenly: a run bounded by time need not read
+    more than it will see."""
     device: Device = "auto"
     """Where to run; auto takes the GPU if there is one."""
     workers: int = 0
@@ -141,12 +147,13 @@ def fit(trainer: Trainer, images: Images, *, out: Path, save_every: int) -> None
 
 def main(command: Train) -> None:
     recipe, out = command.recipe, command.out
-    if command.save_every <= 0 or command.workers < 0:
-        raise InputError("--save-every must be more than 0, and --workers not below 0")
+    if command.save_every <= 0 or command.workers < 0 or (command.limit or 1) <= 0:
+        raise InputError("--save-every and --limit must be more than 0, --workers not below 0")
     device = pick_device(command.device)
-    named = find_images(command.data)
+    named = spread(find_images(command.data), command.limit)
     if command.val:
-        files, held = [p for _, p in named], [p for _, p in find_images(command.val)]
+        files = [p for _, p in named]
+        held = [p for _, p in spread(find_images(command.val), VAL_MOST)]
     else:
         files, held = hold_out(named)
     asked = {**asdict(recipe), "images": len(files), "held_out": len(held)}
@@ -215,7 +222,8 @@ def finish(trainer: Trainer, held: Tensor, *, out: Path, bad: Counter[str]) -> N
     model = trainer.model.eval()
     interop.save(model, out)
     found = measure(model, held).summary()
-    save_image(out / "samples.png", picture(model, held[: 2 * SHOWN]))
+    shown = spread(range(len(held)), 2 * SHOWN)
+    save_image(out / "samples.png", picture(model, held[shown]))
     rate = trainer.step * trainer.recipe.batch / max(trainer.elapsed, 1e-9)
     result = {
         **found,
