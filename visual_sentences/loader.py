@@ -1,4 +1,4 @@
-"""Shards to rows for training and for evaluation.
+"""Shards to rows: by place for evaluation, in the mixture's order for training.
 
 A training run owns one number, the samples it has used. From it, `Loader` continues at any place
 with any number of ranks:
@@ -11,8 +11,7 @@ with any number of ranks:
 import atexit
 import signal
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -154,56 +153,6 @@ def check_batch(batch_rows: int, *, world: int, micro_rows: int = 1) -> None:
             f"a global batch of {batch_rows} rows does not divide over {ranks}; "
             f"use {' or '.join(near)} rows, or other numbers of ranks or rows at once"
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Labelled:
-    """Rows for evaluation, with the source's name and the images' keys of each."""
-
-    rows: Rows
-    sources: Sequence[str]
-    keys: Sequence[Sequence[str]]
-
-
-def sequential(
-    folder: Path | str, *, split: str, batch_rows: int, rank: int = 0, world: int = 1
-) -> Iterator[Labelled]:
-    """Yield each row of a split once, `batch_rows` at a time on each rank.
-
-    With more than one rank all get the same number of full batches, so that none waits for another
-    in a collective call: where rows have run out, rows of length 0 stand in, which have no label
-    and no entry in `sources` and `keys`.
-    """
-    manifest = Manifest.load(folder)
-    counts = list(manifest.rows(split).values())
-    if not sum(counts):
-        raise InputError(
-            f'there are no rows of split "{split}" in {folder}; wanted one of '
-            f"{', '.join(manifest.splits)}"
-        )
-    reader = Reader(folder, manifest, split=split, random=False)
-    sources = np.repeat(np.arange(len(counts)), counts)
-    rows = np.concatenate([np.arange(count) for count in counts])
-    each = batch_rows * world
-    for first in range(0, len(rows), each):
-        chosen = slice(first + rank * batch_rows, first + (rank + 1) * batch_rows)
-        found = reader.read(sources[chosen], rows[chosen])
-        where = list(zip(sources[chosen].tolist(), rows[chosen].tolist(), strict=True))
-        yield Labelled(
-            rows=_fill(found, batch_rows) if world > 1 else found,
-            sources=[manifest.sources[source].name for source, _ in where],
-            keys=[reader.keys(source, row) for source, row in where],
-        )
-
-
-def _fill(rows: Rows, count: int) -> Rows:
-    missing = count - rows.rows
-    return Rows(
-        tokens=torch.cat([rows.tokens, rows.tokens.new_zeros(missing, rows.tokens.shape[1])]),
-        starts=torch.cat([rows.starts, rows.starts.new_full((missing, rows.starts.shape[1]), -1)]),
-        length=torch.cat([rows.length, rows.length.new_zeros(missing)]),
-        source=torch.cat([rows.source, rows.source.new_zeros(missing)]),
-    )
 
 
 class _Steps(IterableDataset[Rows]):

@@ -103,8 +103,7 @@ def refuse_another(out: Path, wanted: Mapping[str, Any]) -> None:
     if changed:
         raise InputError(
             f"{out} is being built from something else:\n" + "\n".join(changed) + "\n"
-            "go back to what is there, or choose another --out (weights and repeats can also be "
-            "given to the training run, with no new build)"
+            "go back to what is there, or choose another --out"
         )
 
 

@@ -37,7 +37,7 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def on_two_ranks(runs: list[Run], folder: Path) -> None:
+def on_ranks(runs: list[Run], folder: Path, *, world: int = 2) -> None:
     listing = folder / "runs.json"
     listing.write_text(json.dumps([run.to_json() for run in runs]))
     with ExitStack() as stack:  # all open at once, so that the ports differ
@@ -49,19 +49,19 @@ def on_two_ranks(runs: list[Run], folder: Path) -> None:
         **os.environ,
         "PYTHONPATH": str(HERE.parents[1]),
         "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": "2",
+        "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "PORTS": ports,
     }
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "two_ranks.py"), str(listing)],
+            [sys.executable, str(HERE / "ranks.py"), str(listing)],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(world)
     ]
     try:
         for rank in ranks:
@@ -82,7 +82,7 @@ def runs(data, tmp_path_factory) -> Path:
     train(muon)
     train(replace(one, out=str(folder / "mixed"), steps=5))
     first = replace(one, out=str(folder / "sgd-two.pt"), model=replace(one.model, vocab_size=128))
-    on_two_ranks(
+    on_ranks(
         [
             first,
             replace(one, out=str(folder / "two")),
@@ -91,7 +91,7 @@ def runs(data, tmp_path_factory) -> Path:
         ],
         folder,
     )
-    sgd_step = runpy.run_path(str(HERE / "two_ranks.py"))["sgd_step"]
+    sgd_step = runpy.run_path(str(HERE / "ranks.py"))["sgd_step"]
     sgd_step(replace(first, micro_rows=8), folder / "sgd-one.pt")
     return folder
 
@@ -135,6 +135,21 @@ def test_weights_of_two_ranks_are_read_whole(runs):
 def test_muon_on_two_ranks_follows_one_process(runs):
     """Its Newton–Schulz iteration is bf16 and moves losses by up to 2e-3."""
     assert losses(runs / "muon-two") == pytest.approx(losses(runs / "muon-one"), abs=2e-3)
+
+
+@pytest.mark.slow
+def test_four_ranks_give_the_losses_of_one_process(runs, data, tmp_path):
+    one = small(data, tmp_path / "four")
+    shape = replace(one.model, vocab_size=128)
+    first = replace(one, out=str(tmp_path / "sgd-four.pt"), model=shape)
+    on_ranks([first, one], tmp_path, world=4)
+    assert losses(tmp_path / "four") == pytest.approx(losses(runs / "one"), rel=1e-5)
+    one_step, four = (
+        torch.load(path, weights_only=True)
+        for path in (runs / "sgd-one.pt", tmp_path / "sgd-four.pt")
+    )
+    for name in one_step:  # fp32 gradients of size 0.1, summed in another order
+        torch.testing.assert_close(four[name], one_step[name], rtol=0.0, atol=1e-6)
 
 
 def test_one_process_needs_no_group_and_several_need_their_variables(monkeypatch):

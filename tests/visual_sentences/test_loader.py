@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from tokenizer.cli import CommandError, InputError
-from visual_sentences.batch import IGNORE
-from visual_sentences.loader import Loader, check_batch, sequential
+from visual_sentences.loader import Loader, check_batch
 from visual_sentences.manifest import Manifest, ShardEntry, SourceEntry
-from visual_sentences.pack import Rows, pack
+from visual_sentences.pack import Rows
 from visual_sentences.shards import write_shard
 
 ROOT = Path(__file__).parents[2]
@@ -171,29 +170,6 @@ def test_a_batch_that_ranks_cannot_share_names_those_that_work(folder: Path) -> 
 def test_a_split_that_is_not_there_names_those_that_are(folder: Path) -> None:
     with pytest.raises(InputError, match='no rows of split "test"; this data has train, val'):
         Loader(folder, batch_rows=4, seed=0, split="test")
-    with pytest.raises(InputError, match="wanted one of train, val"):
-        next(sequential(folder, split="test", batch_rows=4))
-
-
-def test_sequential_gives_each_row_once_with_its_names(folder: Path) -> None:
-    found = list(sequential(folder, split="val", batch_rows=2))
-    assert [part.rows.rows for part in found] == [2, 2, 1]
-    assert numbers([part.rows for part in found]) == [0, 1, 2, 100, 101]
-    assert [name for part in found for name in part.sources] == ["a", "a", "a", "b", "b"]
-    assert [keys[0] for part in found for keys in part.keys] == ["a0", "a1", "a2", "b0", "b1"]
-
-
-def test_sequential_gives_all_ranks_as_many_batches(folder: Path) -> None:
-    ranks = [
-        list(sequential(folder, split="train", batch_rows=3, rank=r, world=4)) for r in range(4)
-    ]
-    assert {len(parts) for parts in ranks} == {2}
-    names = [keys[0] for parts in ranks for part in parts for keys in part.keys]
-    assert sorted(names) == sorted([*(f"a{i}" for i in range(11)), *(f"b{i}" for i in range(5))])
-    last = ranks[3][1]
-    assert (last.rows.rows, list(last.sources)) == (3, [])
-    batch = pack(last.rows, layout="bos", vocab=Manifest.load(folder).vocab)
-    assert (batch.labels == IGNORE).all()
 
 
 def test_shards_of_another_build_are_refused(folder: Path) -> None:

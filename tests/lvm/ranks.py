@@ -1,4 +1,4 @@
-"""What test_parallel runs on each of two ranks: the runs of a JSON file, one after the other.
+"""What test_parallel runs on each of several ranks: the runs of a JSON file, one after the other.
 
 Each run opens a process group at a port of its own, from PORTS: a rank that is ahead must not meet
 the store of the group before.
