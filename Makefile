@@ -63,11 +63,17 @@ check: $(VENV)/dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
+# What is timed by which program; build and loader have none yet.
+BENCH_attention := kernels.bench
+BENCH_encode := tokenizer.bench
+BENCH_generate := lvm.bench
+BENCH_MODULE = $(or $(BENCH_$(BENCH)),$(error BENCH=$(BENCH): wanted attention, encode or generate))
+
 bench: $(VENV)/dev
-	@$(PY) -m kernels.bench $(BENCH)
+	@$(PY) -m $(BENCH_MODULE)
 
 bench-gpu:
-	@$(PY) -m kernels.bench $(BENCH) --device cuda
+	@$(PY) -m $(BENCH_MODULE) --device cuda
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info

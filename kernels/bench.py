@@ -1,4 +1,4 @@
-"""Time attention on this machine: python -m kernels.bench attention [--device cuda].
+"""Time attention in bf16 on this machine: python -m kernels.bench [--device cuda].
 
 Prints one line a case, with TFLOP/s counted over the pairs that the mask allows, then one JSON line
 with the device and the versions, for docs/benchmarks.md. argparse, since a GPU host may have torch
@@ -80,31 +80,36 @@ def attention_table(device: str, *, repeats: int, dtype: torch.dtype) -> list[di
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
-    parser.add_argument("what", choices=["attention"], nargs="?", default="attention")
+def options(prog: str, description: str | None) -> argparse.Namespace:
+    """Parse what every benchmark takes: the device and how often to repeat."""
+    parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls; the median counts")
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.exit(1, "kernels.bench: no CUDA device here; run it with --device cpu\n")
-    table = attention_table(options.device, repeats=options.repeats, dtype=torch.bfloat16)
+    found = parser.parse_args()
+    if found.device == "cuda" and not torch.cuda.is_available():
+        parser.exit(1, f"{prog}: no CUDA device here; run it with --device cpu\n")
+    return found
+
+
+def report(what: str, device: str, table: list[dict[str, object]]) -> None:
+    """Print the lines of a benchmark and the JSON that names its device and software."""
     for row in table:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
-    name = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor()
-    print(
-        json.dumps(
-            {
-                "bench": options.what,
-                "device": name or platform.machine(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "dtype": "bfloat16",
-                "date": date.today().isoformat(),
-                "rows": table,
-            }
-        )
-    )
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+    about = {
+        "bench": what,
+        "device": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "date": date.today().isoformat(),
+    }
+    print(json.dumps({**about, "rows": table}))
+
+
+def main() -> None:
+    found = options("python -m kernels.bench", __doc__)
+    table = attention_table(found.device, repeats=found.repeats, dtype=torch.bfloat16)
+    report("attention", found.device, table)
 
 
 if __name__ == "__main__":

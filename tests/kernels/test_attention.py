@@ -82,3 +82,20 @@ def test_an_unknown_backend_is_named(rng):
     q, k, v = inputs(rng)
     with pytest.raises(ValueError, match=r"'cuda'.*auto"):
         attention(q, k, v, Mask.full(), backend="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", get_args(Backend))
+@pytest.mark.parametrize("name", ["causal", "full", "packed", "prefix", "dense"])
+def test_backend_equals_the_reference_on_a_gpu(backend, name, rng):
+    q, k, v = (x.cuda().bfloat16() for x in inputs(rng, dim=64))
+    mask = masks(33, rng)[name]
+    tensors = {f: getattr(mask, f) for f in ("lo", "hi", "dense")}
+    moved = Mask(
+        causal=mask.causal, **{f: t.cuda() if t is not None else None for f, t in tensors.items()}
+    )
+    want = attention_reference(q, k, v, moved)
+    got = attention(q, k, v, resolve(moved, 33, backend=backend), backend=backend)
+    # bf16 keeps 8 bits: weights and outputs of order one are each rounded by up to 2^-8.
+    torch.testing.assert_close(got, want, atol=2e-2, rtol=0)
