@@ -101,7 +101,7 @@ def attention(
     dtype = q.dtype
     if q.device.type == "cpu" and dtype == torch.bfloat16 and q.requires_grad:
         # torch 2.13's CPU kernel is slow backward in bf16: fp32, casts included, takes 30 ms for 45
-        # there and 18 for 11 forward (8 rows, 4 heads of 32, 512 positions, one Xeon core with AMX).
+        # there, and 18 for 11 forward (8 rows, 4 heads of 32, 512 positions; a Xeon core with AMX).
         q, k, v = q.float(), k.float(), v.float()
     with torch.autocast(q.device.type, enabled=False):
         return F.scaled_dot_product_attention(

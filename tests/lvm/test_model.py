@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lvm.config import ModelConfig
 from lvm.interop import hf_names, to_llama
 from lvm.mask import allowed, attention_mask
-from lvm.model import Transformer, build, on_meta
+from lvm.model import Transformer, build, on_meta, rotary
 from lvm.objectives.next_code import next_code
 from lvm.recipes import recipes
 from visual_sentences.pack import Rows, pack
@@ -179,3 +179,15 @@ def test_a_seed_draws_the_same_weights_whatever_the_table(make_model):
     assert not torch.equal(
         small.layers[1].attn.q.weight, make_model(seed=1).layers[1].attn.q.weight
     )
+
+
+def test_rotary_angles_stay_exact_under_bf16():
+    """bf16 angles are wrong by radians at such positions; fp32 keeps 4095 to 2^-12."""
+    pos = torch.tensor([[1, 1023, 4095]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cos, sin = rotary(pos, dim=128, theta=10_000.0)
+    exact = pos.double()[..., None] * 10_000.0 ** (-torch.arange(0, 128, 2).double() / 128)
+    for got, want in ((cos, exact.cos()), (sin, exact.sin())):
+        assert got.dtype == torch.float32
+        # an angle of 4095 times a frequency that is off by one fp32 rounding, and its own rounding
+        torch.testing.assert_close(got[:, 0].double(), want, atol=4095 * 2**-22, rtol=0)
