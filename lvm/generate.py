@@ -222,9 +222,9 @@ def check_codes(
         )
     if reads.tokenizer and tokenizer and tokenizer != reads.tokenizer:
         raise InputError(
-            f"the codes of this {what} are of tokenizer {tokenizer[:12]}…, the model was trained on "
-            f"those of {reads.tokenizer[:12]}…: the same code is another picture there; give the "
-            "one of its training"
+            f"the codes of this {what} are of tokenizer {tokenizer[:12]}…, the model learnt those "
+            f"of {reads.tokenizer[:12]}…: the same code is another picture there; give the one of "
+            "its training"
         )
 
 
