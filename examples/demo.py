@@ -76,7 +76,7 @@ SIZES = {
         pixels=64,
         images_per_row=16,
         codes_per_image=256,
-        tokenizer=("--seconds", "1800", "--model.image-size", "64", "--model.channels", "128"),
+        tokenizer=("--seconds", "1800", "--image-size", "64", "--channels", "128"),
         model=(
             "--seconds",
             "3600",
