@@ -61,9 +61,8 @@ class Recipe:
 def tiny_f4() -> Recipe:
     """Train the demo's tokenizer: 32-pixel images, 64 codes of 512, minutes on two CPU cores.
 
-    Measured on two Xeon cores with AMX that other work shared: 100 s, 429 steps, 137 images/s, on
-    9,800 crops of six photographs. Held-out crops of the same photographs: PSNR 27.3 dB, 506 of
-    512 codes in use, perplexity 407. Crops of another photograph: 21.5 dB.
+    Measured on 2026-11-22, two Xeon cores with AMX, torch 2.13, by `make demo`: 110 s, 540 steps,
+    157 images/s; held-out pictures of all its tasks PSNR 23.97 dB, 512 of 512 codes in use.
     """
     model = VQGANConfig(
         image_size=32,
