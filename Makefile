@@ -14,6 +14,7 @@ VENV ?= .venv
 PY ?= $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+TRITON ?= 3.9.0
 BENCH ?= attention
 DEMO ?= quick
 RUN ?= runs/demo
@@ -42,8 +43,13 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 		$(PIP) install -q -e . scikit-image matplotlib; }
 	@touch $@
 
+# Oracles of tests without what they ask for, torchvision above all, which breaks others beside a CPU
+# torch. A CUDA torch brings its own triton; beside a CPU one it checks kernels without a GPU.
 $(VENV)/dev: $(VENV)/torch pyproject.toml
 	@$(PIP) install -q -e '.[dev,demo,video]'
+	@$(PIP) install -q --no-deps taming-transformers torch-fidelity
+	@$(PY) -c 'import triton' 2>/dev/null || $(PIP) install -q --no-deps 'triton==$(TRITON)' || \
+		echo "make: triton has no wheel here; tests of kernels will be skipped" >&2
 	@touch $@
 
 demo: $(VENV)/demo

@@ -1,8 +1,8 @@
-"""Time attention in bf16 on this machine: python -m kernels.bench [--device cuda].
+"""Time attention in bf16 and code search in fp32: python -m kernels.bench [--device cuda].
 
-Prints one line a case, with TFLOP/s counted over the pairs that the mask allows, then one JSON line
-with the device and the versions, for docs/benchmarks.md. argparse, since a GPU host may have torch
-and little else.
+Prints one line a case, with TFLOP/s counted over the pairs that the mask allows and pairs of point
+and code a second, then one JSON line with the device and the versions, for docs/benchmarks.md.
+argparse, since a GPU host may have torch and little else.
 """
 
 import argparse
@@ -10,12 +10,14 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
+from pathlib import Path
 
 import torch
 
 from kernels.attention import Mask, attention, densify, resolve
+from kernels.vq_lookup import Backend, has_triton, vq_lookup
 
 
 def seconds(body: Callable[[], object], *, device: str, repeats: int) -> float:
@@ -80,11 +82,44 @@ def attention_table(device: str, *, repeats: int, dtype: torch.dtype) -> list[di
     return table
 
 
-def options(prog: str, description: str | None) -> argparse.Namespace:
-    """Parse what every benchmark takes: the device and how often to repeat."""
+def lookup_table(device: str, *, repeats: int) -> list[dict[str, object]]:
+    """Time the nearest code of the images of one batch, and of one image, by each backend."""
+    shapes = {"muse": (8192, 64), "LlamaGen": (16384, 8), "taming": (1024, 256)}
+    backends: list[Backend] = ["torch"]
+    if device == "cuda" and has_triton():
+        backends.append("triton")
+    table: list[dict[str, object]] = []
+    for name, (count, width) in shapes.items():
+        codes = torch.randn(count, width, device=device)
+        for images in (1, 64) if device == "cuda" else (1, 8):
+            points = torch.randn(256 * images, width, device=device)
+            for backend in backends:
+
+                def search() -> torch.Tensor:
+                    return vq_lookup(points, codes, backend=backend)  # noqa: B023 - called at once
+
+                took = seconds(search, device=device, repeats=repeats)
+                table.append(
+                    {
+                        "codebook": f"{name} {count}x{width}",
+                        "points": len(points),
+                        "backend": backend,
+                        "ms": round(took * 1e3, 3),
+                        "Gpairs/s": round(len(points) * count / took / 1e9, 3),
+                    }
+                )
+    return table
+
+
+def options(
+    prog: str, description: str | None, *, folders: Mapping[str, str] | None = None
+) -> argparse.Namespace:
+    """Parse device and repeats, which every benchmark takes, and `folders`: name → its help."""
     parser = argparse.ArgumentParser(prog=prog, description=description)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--repeats", type=int, default=10, help="timed calls; the median counts")
+    for name, text in (folders or {}).items():
+        parser.add_argument(f"--{name}", type=Path, help=text)
     found = parser.parse_args()
     if found.device == "cuda" and not torch.cuda.is_available():
         parser.exit(1, f"{prog}: no CUDA device here; run it with --device cpu\n")
@@ -110,6 +145,7 @@ def main() -> None:
     found = options("python -m kernels.bench", __doc__)
     table = attention_table(found.device, repeats=found.repeats, dtype=torch.bfloat16)
     report("attention", found.device, table)
+    report("vq_lookup", found.device, lookup_table(found.device, repeats=found.repeats))
 
 
 if __name__ == "__main__":
