@@ -24,9 +24,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from lvm.parallel import World
 from tokenizer.cli import CommandError, InputError
 from tokenizer.files import TEMPORARY, atomic_write, sync_folder
+from tokenizer.world import World
 
 FOLDER, LATEST, STATE = "checkpoints", "latest", "trainer.json"
 

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from lvm.config import Run
-from lvm.parallel import World
 from tokenizer.cli import CommandError
 from tokenizer.files import atomic_write
 from tokenizer.provenance import git_commit
+from tokenizer.world import World
 
 PEAKS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 """Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets (SXM parts)."""

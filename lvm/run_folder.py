@@ -8,9 +8,9 @@ from typing import Any
 from lvm import metrics
 from lvm.checkpoint import Phase, Trainer
 from lvm.config import Reads, Run, differences
-from lvm.parallel import World
 from tokenizer.cli import InputError, duration
 from tokenizer.files import atomic_write
+from tokenizer.world import World
 from visual_sentences.loader import check_batch
 from visual_sentences.manifest import Manifest
 from visual_sentences.mixture import Mixture

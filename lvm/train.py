@@ -33,11 +33,12 @@ from lvm.mask import attention_mask, leaks
 from lvm.model import Transformer, build
 from lvm.objectives import Sums
 from lvm.objectives.next_code import next_code
-from lvm.parallel import Signals, World
 from lvm.recipes import recipe, recipes
 from lvm.run_folder import close_folder, finished, open_folder, resolve, standing, summary
 from tokenizer.cli import CommandError, InputError, Progress, guarded
 from tokenizer.cli import run as run_command
+from tokenizer.world import Signals, World
+from tokenizer.world import world as open_world
 from visual_sentences.batch import IGNORE, Batch
 from visual_sentences.loader import Loader
 from visual_sentences.manifest import Manifest
@@ -254,7 +255,7 @@ def train(run: Run) -> int:
             f"{' and '.join(missing)} missing; wanted --data DIR, a folder made by "
             "`python -m visual_sentences.build`, and --out RUN, the folder of this run"
         )
-    with Signals() as signals, parallel.world(run.device) as world:
+    with Signals() as signals, open_world(run.device) as world:
         manifest = Manifest.load(run.data)
         run = resolve(run, manifest, world)
         folder = world.share(checkpoint.latest(Path(run.out)))

@@ -14,8 +14,9 @@ import torch.distributed as dist
 
 from lvm.config import Run
 from lvm.model import build
-from lvm.parallel import shard, world
+from lvm.parallel import shard
 from lvm.train import Learner, backward, train
+from tokenizer.world import world
 from visual_sentences.loader import Loader
 from visual_sentences.pack import pack
 

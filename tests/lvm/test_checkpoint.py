@@ -10,9 +10,9 @@ from lvm.checkpoint import Phase, Trainer, latest, load, load_model_state, save,
 from lvm.config import Optim
 from lvm.model import build
 from lvm.optim import optimisers
-from lvm.parallel import World
 from lvm.recipes import recipe
 from tokenizer.cli import CommandError, InputError
+from tokenizer.world import World
 
 ONE = World(device=torch.device("cpu"))
 

@@ -15,9 +15,9 @@ from lvm import export, interop
 from lvm.checkpoint import Trainer, save
 from lvm.config import Reads
 from lvm.generate import generate_codes
-from lvm.parallel import World
 from lvm.recipes import recipe
 from tokenizer.cli import InputError
+from tokenizer.world import World
 
 transformers = pytest.importorskip("transformers", reason="the oracle; in the extra dev")
 SHAPE = {

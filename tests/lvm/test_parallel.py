@@ -16,10 +16,11 @@ import torch
 
 from lvm.checkpoint import Trainer, latest, load_model_state
 from lvm.config import Run
-from lvm.parallel import World, compute, world
+from lvm.parallel import compute
 from lvm.recipes import recipe
 from lvm.train import train
 from tokenizer.cli import InputError
+from tokenizer.world import World, world
 
 HERE = Path(__file__).parent
 

@@ -15,10 +15,10 @@ from lvm import train as module
 from lvm.checkpoint import Trainer, latest, load_model_state
 from lvm.config import Reads, Run
 from lvm.model import build
-from lvm.parallel import World
 from lvm.recipes import recipe
 from lvm.train import Learner, Training, backward, main, refuse_leaks, train
 from tokenizer.cli import CommandError, InputError, guarded
+from tokenizer.world import World
 from visual_sentences.loader import Loader
 from visual_sentences.pack import pack
 
