@@ -79,7 +79,7 @@ def test_muse_folder_loads_with_unknown_fields(model: VQGAN, tmp_path: Path, wei
 
 
 def test_config_of_the_released_muse_tokenizer_is_the_default_config() -> None:
-    from tokenizer.interop import muse_config
+    from tokenizer.formats import muse
 
     released = MUSE | {
         "channel_mult": [1, 2, 2, 4, 6],
@@ -89,7 +89,10 @@ def test_config_of_the_released_muse_tokenizer_is_the_default_config() -> None:
         "resolution": 256,
         "z_channels": 64,
     }
-    assert muse_config(released, Path("config.json")) == VQGANConfig()
+    assert muse.read_config(released, Path("config.json")) == VQGANConfig()
+    # The other way it is the released file, whose 412 bytes are known.
+    text = json.dumps(muse.to_config(VQGANConfig()), indent=2, sort_keys=True) + "\n"
+    assert json.loads(text) == released and len(text) == 412
 
 
 def test_pickled_code_is_not_run(model: VQGAN, tmp_path: Path) -> None:
@@ -148,7 +151,7 @@ def cut(path: Path) -> None:
         (lambda f: edit_config(f, format="vae"), "is of vae"),
         (lambda f: cut(f / "config.json"), "is not JSON"),
         (lambda f: (f / "config.json").write_text("[1]"), "holds a list"),
-        (lambda f: (f / "config.json").unlink(), "no tokenizer folder"),
+        (lambda f: (f / "config.json").unlink(), "has no config.json beside it"),
         (lambda f: cut(f / "model.safetensors"), "cannot be read"),
         (lambda f: (f / "model.safetensors").unlink(), "no weights; wanted model.safetensors"),
     ],
