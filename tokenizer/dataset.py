@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tokenizer.cli import CommandError, InputError, Progress
 from tokenizer.images import BadImage, Preprocess, list_images, read_image
+from tokenizer.world import World
 
 T = TypeVar("T")
 
@@ -72,14 +73,20 @@ def decode(file: Path, size: int, preprocess: Preprocess) -> np.ndarray | BadIma
 
 
 def decode_all(
-    files: Sequence[Path], *, size: int, preprocess: Preprocess, workers: int, label: str
+    files: Sequence[Path],
+    *,
+    size: int,
+    preprocess: Preprocess,
+    workers: int,
+    label: str,
+    progress: bool = True,
 ) -> tuple[Tensor, Counter[str]]:
     """Return the good images, uint8 [N, 3, size, size], and the counts of bad ones by reason."""
     pixels = np.empty((len(files), 3, size, size), np.uint8)
     good, bad = 0, Counter[str]()
     with (
         ThreadPoolExecutor(workers) as pool,  # Pillow decodes and resizes outside the GIL
-        Progress(label, total=len(files), unit="images") as progress,
+        Progress(label, total=len(files), unit="images", enabled=progress) as bar,
     ):
         for image in pool.map(lambda f: decode(f, size, preprocess), files):
             if isinstance(image, BadImage):
@@ -87,7 +94,7 @@ def decode_all(
             else:
                 pixels[good] = image
                 good += 1
-            progress.update(1, bad=bad.total())
+            bar.update(1, bad=bad.total())
     if not good:
         raise InputError(f"none of {len(files)} images can be read: {reasons(bad)}")
     return torch.from_numpy(pixels[:good]), bad
@@ -114,36 +121,55 @@ def picks(step: int, *, batch: int, n: int, seed: int) -> Tensor:
 
 
 class Images:
-    """The training images: in memory if they are small, else read by threads ahead of their use."""
+    """The training images: in memory if they are small, else read by threads ahead of their use.
+
+    A rank yields its slice of every batch; in memory it holds all images, as each may fall to it.
+    """
 
     def __init__(
-        self, files: Sequence[Path], *, size: int, preprocess: Preprocess, workers: int
+        self,
+        files: Sequence[Path],
+        *,
+        size: int,
+        preprocess: Preprocess,
+        workers: int,
+        world: World,
     ) -> None:
         self.files, self.size, self.preprocess, self.workers = files, size, preprocess, workers
-        self.bad = Counter[str]()
+        self.world, self.bad = world, Counter[str]()
         self.pixels: Tensor | None = None
-        if len(files) * 3 * size * size <= IN_MEMORY_BYTES:
+        if len(files) * 3 * size * size <= IN_MEMORY_BYTES // world.size:
             self.pixels, self.bad = decode_all(
-                files, size=size, preprocess=preprocess, workers=workers, label="read images"
+                files,
+                size=size,
+                preprocess=preprocess,
+                workers=workers,
+                label="read images",
+                progress=world.main,
             )
 
     def batches(self, first: int, *, batch: int, seed: int) -> Iterator[Tensor]:
-        """Yield the batches of steps `first`, `first` + 1, … without end, uint8 [B, 3, H, W]."""
+        """Yield this rank's part of the batches of steps `first`, `first` + 1, … without end.
+
+        `batch` counts the images of all ranks; each part is uint8 [batch / ranks, 3, H, W].
+        """
+        own = batch // self.world.size
+        mine = slice(self.world.rank * own, (self.world.rank + 1) * own)
         if self.pixels is not None:
             step = first
             while True:
-                yield self.pixels[picks(step, batch=batch, n=len(self.pixels), seed=seed)]
+                yield self.pixels[picks(step, batch=batch, n=len(self.pixels), seed=seed)[mine]]
                 step += 1
         with ThreadPoolExecutor(self.workers) as pool:
             coming: deque[list[Future[np.ndarray | BadImage]]] = deque()
             step = first
             while True:
                 while len(coming) < AHEAD:
-                    chosen = picks(step, batch=batch, n=len(self.files), seed=seed).tolist()
+                    chosen = picks(step, batch=batch, n=len(self.files), seed=seed)[mine]
                     coming.append(
                         [
                             pool.submit(decode, self.files[i], self.size, self.preprocess)
-                            for i in chosen
+                            for i in chosen.tolist()
                         ]
                     )
                     step += 1

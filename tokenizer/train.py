@@ -1,26 +1,25 @@
 """Train a VQ-GAN: `python -m tokenizer.train PRESET --data DIR --out DIR`.
 
 A run folder is a tokenizer folder (`config.json`, `model.safetensors`) with `run.json` (what was
-asked), `metrics.jsonl`, while it lasts `training.pt`, and in the end `results.json` and
-`samples.png`. A killed run goes on from its last checkpoint when the command is repeated; bounded
-by steps alone, it ends with the very weights of a run that nothing interrupted.
+asked), `metrics.jsonl`, `pictures/` of held-out images on the way, while it lasts `training.pt`,
+and in the end `results.json` and `samples.png`. `torchrun --nproc-per-node N -m tokenizer.train`
+splits each batch over N processes. A killed run goes on from its last checkpoint when the command
+is repeated; bounded by steps alone, it ends with the very weights of a run that nothing
+interrupted.
 """
 
 import json
-import math
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import torch
 from torch import Tensor
 from tyro.conf import OmitArgPrefixes
 
 from tokenizer import interop, presets
-from tokenizer.cli import CommandError, InputError, Progress, run
-from tokenizer.codebook import perplexity
+from tokenizer.cli import InputError, Progress, run
 from tokenizer.dataset import (
     Images,
     decode_all,
@@ -31,16 +30,21 @@ from tokenizer.dataset import (
     reasons,
     spread,
 )
-from tokenizer.devices import Device, pick_device
+from tokenizer.devices import Device
 from tokenizer.evaluate import SHOWN, measure, picture
 from tokenizer.files import atomic_write, remove_temporaries
+from tokenizer.history import History
 from tokenizer.images import save_image
 from tokenizer.presets import Recipe
 from tokenizer.provenance import provenance
 from tokenizer.trainer import Trainer
+from tokenizer.world import Signals
+from tokenizer.world import world as open_world
 
 VAL_MOST = 2048  # images of --val that are measured
+CHECKED = 256  # held-out images of each look on the way
 LOG_EVERY = 10  # steps between rows of metrics.jsonl
+SHOWN_WHILE = ("loss", "psnr", "codes_used", "perplexity", "judged", "images_per_second")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,122 +68,145 @@ class Train:
     """Threads that decode images; 0: one a core, at most 8."""
     save_every: int = 200
     """Steps between checkpoints."""
+    check_every: int = 500
+    """Steps between looks at 256 held-out images, with figures and a picture; 0: none."""
+    tensorboard: bool = False
+    """Write figures and pictures for TensorBoard too; needs the package tensorboard."""
 
 
-class Log:
-    """metrics.jsonl: one row every few steps, cut back to the checkpoint when a run is resumed."""
-
-    def __init__(self, path: Path, *, step: int, codes: int) -> None:
-        self.path = path
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= step]
-            with atomic_write(path, "w") as file:
-                file.writelines(f"{line}\n" for line in kept)
-        self.counts = torch.zeros(codes, dtype=torch.int64)
-        self.images, self.since = 0, time.monotonic()
-
-    def count(self, images: int, chosen: Tensor | None) -> None:
-        self.images += images
-        if chosen is not None:
-            self.counts = self.counts.to(chosen.device)
-            self.counts += torch.bincount(chosen.flatten(), minlength=len(self.counts))
-
-    def row(self, trainer: Trainer, parts: dict[str, Tensor], bad: Counter[str]) -> dict[str, Any]:
-        """Write and return the row of the present step; code use is that since the last row."""
-        now = time.monotonic()
-        row: dict[str, Any] = {"step": trainer.step, "elapsed": round(trainer.elapsed, 3)}
-        row |= {k: float(v) for k, v in parts.items() if k not in ("chosen", "mse")}
-        if not math.isfinite(row["loss"]):
-            raise CommandError(
-                f"the loss is {row['loss']} at step {trainer.step}; start again with a lower --lr "
-                "or --precision fp32"
-            )
-        row["psnr"] = -10 * math.log10(max(float(parts["mse"]), 1e-10))
-        row["codes_used"] = int((self.counts > 0).sum())
-        row["perplexity"] = perplexity(self.counts)
-        row["lr"] = trainer.rate
-        row["images_per_second"] = round(self.images / max(now - self.since, 1e-9), 2)
-        row["bad"] = bad.total()
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-        self.counts.zero_()
-        self.images, self.since = 0, now
-        return row
-
-
-def _step(line: str) -> float:
-    """Return the step of a row, or more than any for the half row of a killed process."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
-
-
-def fit(trainer: Trainer, images: Images, *, out: Path, save_every: int) -> None:
-    """Train from where `trainer` is to the end of the run, with checkpoints on the way."""
-    recipe = trainer.recipe
-    log = Log(out / "metrics.jsonl", step=trainer.step, codes=recipe.model.codebook_size)
+def fit(trainer: Trainer, images: Images, held: Tensor, *, command: Train) -> bool:
+    """Train from where `trainer` is, with checkpoints on the way; False if told to stop before."""
+    recipe, world, out = trainer.recipe, trainer.world, command.out
+    history = History(out, trainer, tensorboard=command.tensorboard)
     order = {"batch": recipe.batch, "seed": recipe.seed}
     batches = images.batches(trainer.step, **order)
     before, start = trainer.elapsed, time.monotonic()
     left = recipe.seconds - before if recipe.seconds else None
-    with Progress(
-        "train", total=recipe.steps, unit="steps", done=trainer.step, seconds=left
-    ) as progress:
-        while (recipe.steps is None or trainer.step < recipe.steps) and (
-            recipe.seconds is None or trainer.elapsed < recipe.seconds
-        ):
+    with (
+        Signals() as signals,
+        Progress(
+            "train",
+            total=recipe.steps,
+            unit="steps",
+            done=trainer.step,
+            seconds=left,
+            enabled=world.main,
+        ) as progress,
+    ):
+        while not finished(trainer):
             fraction = trainer.fraction()
             if not trainer.quantizing and fraction >= recipe.plain:
                 trainer.start_codes(images.batches(trainer.step, **order))
             parts = trainer.learn(next(batches), fraction)
-            trainer.elapsed = before + time.monotonic() - start
-            log.count(recipe.batch, parts.get("chosen"))
-            shown = {}
-            if trainer.step % LOG_EVERY == 0 or trainer.step == recipe.steps:
-                row = log.row(trainer, parts, images.bad)
-                shown = {k: row[k] for k in ("loss", "psnr", "codes_used", "images_per_second")}
-            if trainer.step % save_every == 0:
-                trainer.save(out / "training.pt")
-                interop.save(trainer.model, out)
+            history.count(recipe.batch, parts.get("chosen"))
+            shown, saves = {}, trainer.step % command.save_every == 0
+            if trainer.step % LOG_EVERY == 0 or saves or trainer.step == recipe.steps:
+                # Before every save too: none then holds a loss that is no number, and a resumed
+                # run counts the use of codes over the same steps.
+                row = history.row(parts, images.bad)
+                shown = {k: row[k] for k in SHOWN_WHILE if k in row}
+            if command.check_every and trainer.step % command.check_every == 0:
+                check(trainer, history, held, out=out)
+            # One small sum over the hosts, so that all ranks stop and schedule alike.
+            clock = before + time.monotonic() - start if world.main else 0.0
+            told, trainer.elapsed = world.add(bool(signals.seen), clock)
+            if told or saves:
+                save(trainer, out)
             progress.update(1, **shown)
+            if told:
+                return finished(trainer)
+    return True
+
+
+def finished(trainer: Trainer) -> bool:
+    steps, seconds = trainer.recipe.steps, trainer.recipe.seconds
+    return (steps is not None and trainer.step >= steps) or (
+        seconds is not None and trainer.elapsed >= seconds
+    )
+
+
+def save(trainer: Trainer, out: Path) -> None:
+    if trainer.world.main:
+        trainer.save(out / "training.pt")
+        interop.save(trainer.model, out)
+    trainer.world.wait()
+
+
+def check(trainer: Trainer, history: History, held: Tensor, *, out: Path) -> None:
+    """Look at held-out images: a row of figures, and a picture of the same few every time."""
+    began = time.monotonic()
+    if trainer.world.main:
+        model = trainer.model.eval()
+        found = measure(model, held[:CHECKED]).summary()
+        names = ("psnr", "ssim", "codes_used", "perplexity")
+        row = {"step": trainer.step, "elapsed": round(trainer.elapsed, 3)}
+        history.write(row | {f"held_out_{name}": found[name] for name in names})
+        shown = picture(model, held[spread(range(len(held)), 2 * SHOWN)])
+        (out / "pictures").mkdir(exist_ok=True)
+        save_image(out / "pictures" / f"{trainer.step:07d}.png", shown)
+        history.board.picture("held out", shown, step=trainer.step)
+        model.train()
+    trainer.world.wait()
+    history.pause(time.monotonic() - began)
 
 
 def main(command: Train) -> None:
     recipe, out = command.recipe, command.out
-    if command.save_every <= 0 or command.workers < 0 or (command.limit or 1) <= 0:
-        raise InputError("--save-every and --limit must be more than 0, --workers not below 0")
-    device = pick_device(command.device)
-    named = spread(find_images(command.data), command.limit)
-    if command.val:
-        files = [p for _, p in named]
-        held = [p for _, p in spread(find_images(command.val), VAL_MOST)]
-    else:
-        files, held = hold_out(named)
-    asked = {**asdict(recipe), "images": len(files), "held_out": len(held)}
-    asked["names"] = fingerprint(named)
-    if open_run(out, json.loads(json.dumps(asked))):
-        found = json.loads((out / "results.json").read_text())
-        print(f"{out} is finished ({found['steps']} steps); for another run give another --out")
-        return
-    trainer = Trainer(recipe, device)
-    if (out / "training.pt").exists():
-        trainer.restore(out / "training.pt")
-        print(f"resuming {out} at step {trainer.step}")
-    workers = command.workers or default_workers()
-    reading: dict[str, Any] = {
-        "size": recipe.model.image_size,
-        "preprocess": recipe.preprocess,
-        "workers": workers,
-    }
-    seen, bad = decode_all(held, label="read held-out images", **reading)
-    images = Images(files, **reading)
-    fit(trainer, images, out=out, save_every=command.save_every)
-    finish(trainer, seen, out=out, bad=images.bad + bad)
+    least = min(command.save_every, command.limit or 1, command.check_every + 1)
+    if least <= 0 or command.workers < 0:
+        raise InputError(
+            "--save-every and --limit must be more than 0, --check-every and --workers not below 0"
+        )
+    with open_world(command.device) as world:
+        if recipe.batch % world.size:
+            raise InputError(
+                f"--batch {recipe.batch} does not divide by {world.size} processes; give a "
+                f"multiple of {world.size}"
+            )
+        named = spread(find_images(command.data), command.limit)
+        if command.val:
+            files = [p for _, p in named]
+            held = [p for _, p in spread(find_images(command.val), VAL_MOST)]
+        else:
+            files, held = hold_out(named)
+        asked = {**asdict(recipe), "images": len(files), "held_out": len(held)}
+        asked["names"] = fingerprint(named)
+        state = standing(out, json.loads(json.dumps(asked, default=str)))
+        world.wait()  # nobody writes before everybody has looked
+        if state == "finished":
+            if world.main:
+                found = json.loads((out / "results.json").read_text())
+                print(f"{out} is finished ({found['steps']} steps); for another give another --out")
+            return
+        trainer = Trainer(recipe, world)
+        if state == "new" and world.main:
+            out.mkdir(parents=True, exist_ok=True)
+            with atomic_write(out / "run.json", "w") as file:
+                json.dump({"asked": asked, **provenance()}, file, indent=2, default=str)
+        elif world.main:
+            remove_temporaries(out)
+        if (out / "training.pt").exists():
+            trainer.restore(out / "training.pt")
+            if world.main:
+                print(f"resuming {out} at step {trainer.step}")
+        reading: dict[str, Any] = {
+            "size": recipe.model.image_size,
+            "preprocess": recipe.preprocess,
+            "workers": command.workers or default_workers(),
+        }
+        seen, bad = decode_all(held, label="read held-out images", progress=world.main, **reading)
+        images = Images(files, world=world, **reading)
+        if not fit(trainer, images, seen, command=command):
+            if world.main:
+                print(f"told to stop at step {trainer.step}; the same command goes on")
+            return
+        if world.main:
+            finish(trainer, seen, out=out, bad=images.bad + bad)
+        world.wait()
 
 
-def open_run(out: Path, asked: dict[str, Any]) -> bool:
-    """Make the run folder, or see that the one there was asked for the same; True if finished.
+def standing(out: Path, asked: dict[str, Any]) -> Literal["new", "begun", "finished"]:
+    """Look at the run folder; raises InputError where it holds something else.
 
     What only bounds a run, steps and seconds, may change between the parts of one.
     """
@@ -187,11 +214,7 @@ def open_run(out: Path, asked: dict[str, Any]) -> bool:
     if not record.exists():
         if out.exists() and any(out.iterdir()):
             raise InputError(f"{out} is not empty and holds no training run; give another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic_write(record, "w") as file:
-            json.dump({"asked": asked, **provenance()}, file, indent=2)
-        return False
-    remove_temporaries(out)
+        return "new"
     before, now = flat(json.loads(record.read_text())["asked"]), flat(asked)
     changed = [
         f"{key}: {before.get(key)} there, {now.get(key)} now"
@@ -203,7 +226,7 @@ def open_run(out: Path, asked: dict[str, Any]) -> bool:
             f"{out} holds a run that was asked for something else ({'; '.join(changed)}); "
             "repeat its options, or give another --out"
         )
-    return (out / "results.json").exists()
+    return "finished" if (out / "results.json").exists() else "begun"
 
 
 def flat(values: dict[str, Any]) -> dict[str, Any]:
@@ -231,7 +254,8 @@ def finish(trainer: Trainer, held: Tensor, *, out: Path, bad: Counter[str]) -> N
         "seconds": round(trainer.elapsed, 1),
         "images_per_second": round(rate, 1),
         "parameters": trainer.recipe.model.num_params(),
-        "device": str(trainer.device),
+        "device": str(trainer.world.device),
+        "processes": trainer.world.size,
         "bad": dict(bad),
         "id": model.id,
     }
@@ -250,7 +274,8 @@ def command_line() -> Any:
     """Return the command with one subcommand a preset, whose values are its defaults."""
     import tyro
 
-    makers = {f.__name__: f for f in (presets.tiny_f4, presets.small_f8, presets.muse_f16_8192)}
+    offered = (presets.tiny_f4, presets.small_f8, presets.muse_f16_8192, presets.vq_f16_16384)
+    makers = {f.__name__: f for f in offered}
     missing: Any = tyro.MISSING
     return tyro.extras.subcommand_type_from_defaults(
         {name: Train(recipe=f(), data=missing, out=missing) for name, f in makers.items()},

@@ -80,7 +80,19 @@ class VQGAN(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return int64 codes [B, h·w] of float images [B, C, H, W] in [0, 1]."""
+        """Return int64 codes [B, h·w] of float images [B, C, H, W] in [0, 1].
+
+        Raises InputError for pixels that are no number or far outside, at the cost of waiting for
+        the device; `tokenizer.encode` is the way for many images.
+        """
+        self._check_images(images)
+        if images.numel():
+            low, high = (float(x) for x in images.aminmax())
+            if not (low >= -0.5 and high <= 1.5):  # false for NaN too
+                raise InputError(
+                    f"images with pixels from {low:.4g} to {high:.4g}: wanted numbers in [0, 1]; "
+                    "uint8 is divided by 255, [-1, 1] is scaled"
+                )
         return self.quantize.search(self.latents(images))
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from tokenizer.codebook import Codebook, CodebookStats, kmeans, nearest, perplexity
+from tokenizer.world import World
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -67,7 +68,7 @@ def test_moving_average_equals_that_of_vector_quantize_pytorch() -> None:
     stats.counts.fill_(1.0)
     stats.sums.copy_(codebook.embedding.weight.detach())
     for _ in range(3):
-        stats.observe(points, nearest(points, codebook.vectors()))
+        stats.observe(points, nearest(points, codebook.vectors()), World())
         stats.move()
         oracle(points[None])
     # Ten additions of fp32 numbers of order 10 in another order.
@@ -84,13 +85,13 @@ def test_code_that_nothing_chooses_stays_until_it_is_restarted() -> None:
     others = torch.tensor([i for i in range(8) if i != far])
     for _ in range(12):
         codes = others[nearest(points, codebook.vectors()[others])]
-        stats.observe(points, codes)
+        stats.observe(points, codes, World())
         stats.move()
     torch.testing.assert_close(codebook.vectors()[far], kept)
     assert stats.restart(points, generator=draws()) == 1
     fresh = codebook.vectors()[far]
     assert torch.cdist(fresh[None], points).min() < 1e-6  # it is now one of the latents
-    stats.observe(points, nearest(points, codebook.vectors()))
+    stats.observe(points, nearest(points, codebook.vectors()), World())
     assert stats.counts[far] > 0.4  # and is chosen, by that latent at least: 0.5 × 1
     assert stats.restart(points, generator=draws()) in (0, 1)
 
@@ -105,7 +106,7 @@ def test_restart_revives_a_collapsed_codebook() -> None:
     for step in range(30):
         codes = nearest(points, codebook.vectors())
         used.append(len(codes.unique()))
-        stats.observe(points, codes)
+        stats.observe(points, codes, World())
         stats.move()
         stats.restart(points, generator=draws(step))
     assert used[0] == 1 and used[-1] > 55

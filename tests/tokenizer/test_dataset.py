@@ -11,6 +11,7 @@ from tokenizer import dataset
 from tokenizer.cli import CommandError, InputError
 from tokenizer.dataset import Images, decode_all, find_images, fingerprint, hold_out, picks
 from tokenizer.images import save_image
+from tokenizer.world import World
 
 READING = {"size": 16, "preprocess": "crop", "workers": 2}
 
@@ -37,7 +38,7 @@ def test_every_pass_shows_every_image_once_in_another_order() -> None:
 
 
 def test_order_does_not_depend_on_where_one_starts(folder: Path) -> None:
-    images = Images(files(folder), **READING)
+    images = Images(files(folder), world=World(), **READING)
     stream = images.batches(0, batch=4, seed=0)
     later = [next(stream) for _ in range(5)][3:]
     resumed = images.batches(3, batch=4, seed=0)
@@ -48,9 +49,9 @@ def test_images_read_on_the_fly_equal_those_in_memory(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = [f for f in files(folder) if f.stem not in ("3", "5")]
-    memory = Images(good, **READING).batches(0, batch=4, seed=0)
+    memory = Images(good, world=World(), **READING).batches(0, batch=4, seed=0)
     monkeypatch.setattr(dataset, "IN_MEMORY_BYTES", 0)
-    disk = Images(good, **READING).batches(0, batch=4, seed=0)
+    disk = Images(good, world=World(), **READING).batches(0, batch=4, seed=0)
     assert all(torch.equal(next(memory), next(disk)) for _ in range(6))
 
 
@@ -65,11 +66,11 @@ def test_bad_images_on_the_fly_are_replaced_by_good_ones(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dataset, "IN_MEMORY_BYTES", 0)
-    images = Images(files(folder), **READING)
+    images = Images(files(folder), world=World(), **READING)
     batch = next(images.batches(0, batch=12, seed=0))
     assert batch.shape == (12, 3, 16, 16) and images.bad.total() >= 2
     assert not {60, 100} & set(batch.flatten().tolist())
-    broken = Images([folder / "3.png", folder / "5.png"], **READING)
+    broken = Images([folder / "3.png", folder / "5.png"], world=World(), **READING)
     with pytest.raises(CommandError, match="whole batch"):
         next(broken.batches(0, batch=2, seed=0))
 

@@ -1,6 +1,7 @@
 """Training: it learns, survives kill -9 to the bit, and refuses what it cannot go on with."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -15,10 +16,12 @@ from torch import Tensor
 
 import tokenizer
 from tokenizer import VQGANConfig, evaluate, presets, train
-from tokenizer.cli import InputError, run
+from tokenizer.cli import CommandError, InputError, run
 from tokenizer.images import save_image
+from tokenizer.metrics import psnr
 from tokenizer.presets import Recipe
 from tokenizer.trainer import Trainer
+from tokenizer.world import World
 
 MODEL = VQGANConfig(
     image_size=16,
@@ -70,7 +73,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def train_on(pixels: Tensor, recipe: Recipe, *, steps: int) -> tuple[Trainer, list[float]]:
-    trainer = Trainer(replace(recipe, steps=steps), torch.device("cpu"))
+    trainer = Trainer(replace(recipe, steps=steps), World())
     losses = []
     while trainer.step < steps:
         fraction = trainer.fraction()
@@ -87,7 +90,7 @@ def test_training_learns_coloured_shapes(codes) -> None:
     trainer, losses = train_on(pixels, recipe, steps=80)
     quality = evaluate.measure(trainer.model.eval(), pixels).summary()
     flat = pixels.float().mean((2, 3), keepdim=True).expand(pixels.shape)
-    blank = evaluate.psnr(flat / 255, pixels / 255).mean()
+    blank = psnr(flat / 255, pixels / 255).mean()
     assert losses[-1] < 0.4 * losses[0]
     assert quality["psnr"] > float(blank) + 3.0  # far better than the mean colour of each image
     assert quality["codes_used"] >= 24
@@ -128,9 +131,7 @@ def test_run_folder_is_a_tokenizer_with_its_history(data: Path, tmp_path: Path, 
     assert results["bad"] == {"not an image": 1} and results["parameters"] == MODEL.num_params()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [10, 12]
-    assert {"loss", "commit", "psnr", "codes_used", "perplexity", "images_per_second"} <= set(
-        rows[0]
-    )
+    assert {"loss", "vq", "psnr", "codes_used", "perplexity", "images_per_second"} <= set(rows[0])
     asked = json.loads((out / "run.json").read_text())
     assert asked["asked"]["model"]["channels"] == 32 and "torch" in asked["versions"]
     assert re.search(r"held-out PSNR \d+\.\d+ dB.*codes used \d+ of 32", capsys.readouterr().out)
@@ -142,7 +143,7 @@ def test_run_folder_is_a_tokenizer_with_its_history(data: Path, tmp_path: Path, 
 
 
 def test_run_killed_and_resumed_ends_with_the_same_bits(data: Path, tmp_path: Path) -> None:
-    train.main(command(data, tmp_path / "whole"))
+    train.main(command(data, tmp_path / "whole", save_every=3))
     out = tmp_path / "killed"
     # Dies in the middle of step 9, after the checkpoint of step 6 and three rows' worth of work.
     code = (
@@ -173,7 +174,66 @@ def test_run_killed_and_resumed_ends_with_the_same_bits(data: Path, tmp_path: Pa
         [json.loads(r) for r in (p / "metrics.jsonl").read_text().splitlines()]
         for p in (tmp_path / "whole", out)
     ]
-    assert [(r["step"], r["loss"]) for r in rows[0]] == [(r["step"], r["loss"]) for r in rows[1]]
+    timing = ("elapsed", "images_per_second")
+    kept = [[{k: v for k, v in r.items() if k not in timing} for r in run] for run in rows]
+    assert kept[0] == kept[1] and [r["step"] for r in kept[0]] == [3, 6, 9, 10, 12]
+
+
+def test_run_told_to_stop_saves_and_goes_on_to_the_same_bits(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    out, learn = tmp_path / "run", Trainer.learn
+
+    def told(self: Trainer, *args):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return learn(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "learn", told)
+        train.main(command(data, out))
+    assert "told to stop at step 5; the same command goes on" in capsys.readouterr().out
+    train.main(command(data, out))
+    assert "resuming" in capsys.readouterr().out
+    train.main(command(data, tmp_path / "whole"))
+    whole, stopped = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_looks_on_the_way_leave_figures_and_pictures_and_change_nothing(
+    data: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    seen, blind = tmp_path / "seen", tmp_path / "blind"
+    train.main(command(data, seen, check_every=5, tensorboard=True))
+    train.main(command(data, blind, check_every=0))
+    assert all(torch.equal(a, weights(blind)[name]) for name, a in weights(seen).items())
+    assert sorted(p.name for p in (seen / "pictures").iterdir()) == ["0000005.png", "0000010.png"]
+    rows = [json.loads(line) for line in (seen / "metrics.jsonl").read_text().splitlines()]
+    looks = [row for row in rows if "held_out_psnr" in row]
+    assert [row["step"] for row in looks] == [5, 10] and 0 < looks[0]["held_out_codes_used"] <= 16
+    events = EventAccumulator(str(seen / "tensorboard")).Reload()
+    assert {"loss", "psnr", "held_out_psnr", "perplexity"} <= set(events.Tags()["scalars"])
+    assert [e.step for e in events.Images("held out")] == [5, 10]
+    assert not (blind / "pictures").exists() and not (blind / "tensorboard").exists()
+
+
+def test_tensorboard_that_is_not_there_is_named(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        train.main(command(data, tmp_path / "run", tensorboard=True))
+
+
+def test_adamw_alone_learns_too() -> None:
+    pixels = shapes(16)
+    recipe = replace(RECIPE, optimizer="adamw", precision="fp32", weight_decay=0.05)
+    trainer, losses = train_on(pixels, recipe, steps=40)
+    assert losses[-1] < 0.6 * losses[0]
+    decayed = {g["weight_decay"] for g in trainer.optimizer.optimizers[0].param_groups}
+    assert len(trainer.optimizer.optimizers) == 1 and decayed == {0.0, 0.05}
 
 
 def test_other_options_in_the_same_folder_are_refused(data: Path, tmp_path: Path) -> None:
@@ -198,7 +258,7 @@ def test_run_bounded_by_time_ends_and_keeps_its_phases(data: Path, tmp_path: Pat
 
 
 def test_diverged_run_says_what_to_do(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(train.CommandError, match="lower --lr"):
+    with pytest.raises(CommandError, match="lower --lr"):
         train.main(command(data, tmp_path / "run", recipe=replace(RECIPE, lr=1e30)))
 
 
@@ -235,6 +295,23 @@ def test_presets_are_what_they_are_called() -> None:
     assert presets.tiny_f4().model.codebook_size == 512
     assert presets.small_f8().model.factor == 8
     assert presets.muse_f16_8192().model == VQGANConfig()
+    published = presets.vq_f16_16384().model
+    assert published.num_params() == 71_883_403  # LlamaGen's VQ-16
+    assert published.codes_per_image == 256 and published.codebook_size == 16384
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"legacy_beta": True}, "--codes ema does not have"),
+        ({"lpips_heads": Path("vgg.pth")}, "needs --perceptual"),
+        ({"steps": None}, "--steps or --seconds"),
+        ({"adversarial": -1.0}, "--adversarial -1.0"),
+    ],
+)
+def test_recipe_that_contradicts_itself_is_refused(values, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        replace(RECIPE, **values)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.vq_lookup import TABLE_ENTRIES
 from tokenizer import VQGAN, Tokenizer, VQGANConfig
 from tokenizer.cli import InputError
 from tokenizer.codebook import nearest
@@ -193,7 +194,7 @@ def test_code_search_in_pieces_equals_one_table(monkeypatch: pytest.MonkeyPatch)
     points = torch.randn(100, 4, generator=generator)
     vectors = torch.randn(16, 4, generator=generator)
     whole = nearest(points, vectors)
-    monkeypatch.setattr("tokenizer.codebook.SEARCH_ENTRIES", 16 * 7)
+    monkeypatch.setitem(TABLE_ENTRIES, "cpu", 16 * 7)
     assert torch.equal(nearest(points, vectors), whole)
 
 
@@ -274,6 +275,9 @@ def test_other_sizes_layouts_and_oblong_images_are_encoded() -> None:
         (lambda m: m.encode(torch.rand(1, 3, 30, 32)), "multiples of 4"),
         (lambda m: m.encode(torch.rand(3, 32, 32)), "wants"),
         (lambda m: m.encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), "divide by 255"),
+        (lambda m: m.encode(torch.full((1, 3, 32, 32), torch.nan)), "pixels from nan to nan"),
+        (lambda m: m.encode(torch.full((1, 3, 32, 32), 255.0)), "from 255 to 255: wanted"),
+        (lambda m: m.encode(torch.full((1, 3, 32, 32), -1.0)), "is scaled"),
         (lambda m: m.decode(torch.zeros(1, 60, dtype=torch.int64)), "square"),
         (lambda m: m.decode(torch.full((1, 64), 128)), "0 … 127"),
         (lambda m: replace(SMALL, channels=40), "multiples of 32"),
