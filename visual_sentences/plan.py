@@ -74,6 +74,7 @@ def identity(spec: Spec, job: Job, *, row_len: int, shard_rows: int) -> dict[str
         "source": sources,
         "tokenizer": job.tokenizer_id,
         "device": job.device,
+        "precision": job.precision,
         "batch": job.batch,
         "shard_rows": shard_rows,
     }
@@ -83,6 +84,7 @@ def refuse_another(out: Path, wanted: Mapping[str, Any]) -> None:
     """Raise InputError with the differences if `out` holds a build of something else."""
     try:
         found = json.loads((out / FILE).read_text(encoding="utf-8"))
+        found.setdefault("precision", "exact")  # the only one, before there was a choice
     except FileNotFoundError:
         if (out / MANIFEST).exists():
             raise InputError(

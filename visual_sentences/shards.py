@@ -9,7 +9,7 @@ to 100 times slower). Columns:
     keys    list<string>                       one an image, in order
 
 The schema's metadata says what the codes are: format and version, source, kind, split, tokenizer,
-encoder, geometry, preprocessing.
+encoder (precision and device), geometry, preprocessing.
 """
 
 import hashlib

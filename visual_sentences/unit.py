@@ -8,22 +8,19 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
-from tokenizer.cli import CommandError
+from tokenizer.encode import BulkEncoder
 from tokenizer.files import atomic_write
 from tokenizer.images import BadImage, read_image
+from tokenizer.precision import Precision
 from visual_sentences.layouts import LAYOUTS, draw_frames
 from visual_sentences.sentence import Sample, fill_rows, row_indices
 from visual_sentences.shards import code_type, write_shard
 from visual_sentences.sources import path_of
 from visual_sentences.spec import Source
-
-if TYPE_CHECKING:
-    from tokenizer.protocol import Tokenizer
 
 VERSION = 1  # of the JSON beside each shard
 
@@ -41,6 +38,7 @@ class Job:
     seed: int
     batch: int
     device: str
+    precision: Precision  # never auto, which other machines may resolve otherwise
     out: str
 
 
@@ -91,11 +89,11 @@ def finished(unit: Unit, out: Path) -> Result | None:
     return result
 
 
-def run_unit(unit: Unit, *, job: Job, tok: "Tokenizer") -> Result:
+def run_unit(unit: Unit, *, job: Job, encoder: BulkEncoder) -> Result:
     """Read, encode, lay out and write one unit; first its shard, then its JSON, each by rename."""
     samples = _samples(unit, job)
     keys = list(dict.fromkeys(key for sample in samples for key in sample.keys))
-    codes, place, bad = _encode(unit.source, keys, job=job, tok=tok)
+    codes, place, bad = _encode(unit.source, keys, job=job, encoder=encoder)
     samples = _usable(unit.source.kind, samples, place)
     sentences = LAYOUTS[unit.source.kind](samples, images_per_row=job.images_per_row)
     rows = fill_rows(sentences, images_per_row=job.images_per_row)
@@ -158,27 +156,15 @@ def _usable(kind: str, samples: list[Sample], place: dict[str, int]) -> list[Sam
 
 
 def _encode(
-    source: Source, keys: Sequence[str], *, job: Job, tok: "Tokenizer"
+    source: Source, keys: Sequence[str], *, job: Job, encoder: BulkEncoder
 ) -> tuple[np.ndarray, dict[str, int], list[tuple[str, str]]]:
-    """Return codes [good, codes_per_image], the place of each good key in them, and the bad ones.
-
-    The codes of a batch are fetched only after the next one was started: on a GPU, reading images
-    and encoding then run beside each other.
-    """
+    """Return codes [good, codes_per_image], the place in them of each good key, the bad keys."""
     place: dict[str, int] = {}
     bad: list[tuple[str, str]] = []
-    parts: list[np.ndarray] = []
-    running: torch.Tensor | None = None
-    for pixels in _batches(source, keys, job=job, place=place, bad=bad):
-        images = torch.from_numpy(pixels).to(job.device).permute(0, 3, 1, 2).float().div(255)
-        started = tok.encode(images)
-        if running is not None:
-            parts.append(_fetch(running, job))
-        running = started
-    if running is not None:
-        parts.append(_fetch(running, job))
-    empty = np.zeros((0, job.codes_per_image), code_type(job.codebook_size))
-    return np.concatenate([empty, *parts]), place, bad
+    kind = code_type(job.codebook_size)
+    batches = _batches(source, keys, job=job, place=place, bad=bad)
+    parts = [codes.astype(kind) for codes in encoder.encode_all(batches)]
+    return np.concatenate([np.zeros((0, job.codes_per_image), kind), *parts]), place, bad
 
 
 def _batches(
@@ -210,23 +196,13 @@ def _batches(
         yield pixels[:count]
 
 
-def _fetch(codes: torch.Tensor, job: Job) -> np.ndarray:
-    values = codes.cpu().numpy()
-    if values.shape[1:] != (job.codes_per_image,) or values.max() >= job.codebook_size:
-        raise CommandError(
-            f"the tokenizer in {job.tokenizer} made codes of shape {values.shape[1:]} up to "
-            f"{values.max()}, but it says {job.codes_per_image} codes below {job.codebook_size}"
-        )
-    return values.astype(code_type(job.codebook_size))
-
-
 def _metadata(unit: Unit, job: Job) -> dict[str, str | int]:
     return {
         "source": unit.source.name,
         "kind": unit.source.kind,
         "split": unit.split,
         "tokenizer": job.tokenizer_id,
-        "encoder": f"float32 {job.device}",
+        "encoder": f"{job.precision} {job.device}",
         "codebook_size": job.codebook_size,
         "codes_per_image": job.codes_per_image,
         "image_size": job.image_size,

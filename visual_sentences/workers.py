@@ -13,6 +13,7 @@ import torch
 
 import tokenizer
 from tokenizer.cli import CommandError
+from tokenizer.encode import BulkEncoder
 from visual_sentences.unit import Job, Result, Unit, run_unit
 
 
@@ -22,7 +23,7 @@ def in_process(job: Job, units: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]
     try:
         worker = Worker(job)
         for unit in units:
-            yield unit, run_unit(unit, job=job, tok=worker.tok)
+            yield unit, run_unit(unit, job=job, encoder=worker.encoder)
     finally:
         torch.set_num_threads(threads)
 
@@ -60,14 +61,19 @@ def cores() -> int:
 
 
 class Worker:
-    """A process that runs units: one torch thread, its own tokenizer, gone when its parent is."""
+    """A process that runs units: one torch thread, its own encoder, gone when its parent is."""
 
     current: "Worker | None" = None
 
     def __init__(self, job: Job) -> None:
         torch.set_num_threads(1)  # the bits of a sum may depend on how many threads shared it
         self.job = job
-        self.tok = tokenizer.load(job.tokenizer).to(job.device)
+        self.encoder = BulkEncoder(
+            tokenizer.load(job.tokenizer),
+            device=job.device,
+            precision=job.precision,
+            batch=job.batch,
+        )
 
     @classmethod
     def start(cls, job: Job) -> None:
@@ -79,7 +85,7 @@ class Worker:
     @classmethod
     def run(cls, unit: Unit) -> Result:
         assert cls.current is not None, "the pool calls start first"
-        return run_unit(unit, job=cls.current.job, tok=cls.current.tok)
+        return run_unit(unit, job=cls.current.job, encoder=cls.current.encoder)
 
 
 def _die_with_parent() -> None:

@@ -22,6 +22,7 @@ import tokenizer
 from tokenizer.cli import InputError, guarded
 from tokenizer.files import TEMPORARY
 from tokenizer.images import read_image
+from tokenizer.precision import resolve
 from visual_sentences.build import Build, build, main
 from visual_sentences.manifest import Manifest
 from visual_sentences.shards import open_shard
@@ -44,6 +45,14 @@ def command(data: Path, tok_dir: Path, tmp_path_factory: pytest.TempPathFactory)
     return made
 
 
+@pytest.fixture(scope="session")
+def exact(command: Build, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """The same build, with the codes of `encode` in fp32."""
+    made = replace(command, out=tmp_path_factory.mktemp("exact") / "out", precision="exact")
+    assert build(made, log=quiet) is not None
+    return made
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -52,12 +61,12 @@ def exit_code(command: Build) -> int:
     return guarded(lambda: main(command), prog="build")
 
 
-def test_tokens_are_the_codes_of_the_images_that_the_keys_name(command: Build, data: Path) -> None:
-    manifest, tok = Manifest.load(command.out), tokenizer.load(command.tokenizer)
+def test_tokens_are_the_codes_of_the_images_that_the_keys_name(exact: Build, data: Path) -> None:
+    manifest, tok = Manifest.load(exact.out), tokenizer.load(exact.tokenizer)
     folders = {"photos": data / "photos", "clips": data / "clips", "depth": data}
     names = {"inputs": "frames", "targets": "depth"}
     for entry in manifest.shards:
-        shard = open_shard(command.out / entry.name)
+        shard = open_shard(exact.out / entry.name)
         for row in range(shard.rows):
             keys = shard.keys(row)
             if entry.source == "depth":
@@ -70,6 +79,36 @@ def test_tokens_are_the_codes_of_the_images_that_the_keys_name(command: Build, d
             same = shard.tokens[row, : len(codes)] == codes.numpy()
             assert same.mean() > 0.99
             assert not shard.tokens[row, len(codes) :].any()
+
+
+def test_another_precision_changes_few_codes_and_is_recorded(command: Build, exact: Build) -> None:
+    tok = tokenizer.load(command.tokenizer)
+    pairs = []
+    for made, precision in (
+        (command, resolve("auto", tok=tok, device="cpu")),
+        (exact, "exact"),
+    ):
+        shards = [open_shard(made.out / entry.name) for entry in Manifest.load(made.out).shards]
+        assert {shard.metadata["encoder"] for shard in shards} == {f"{precision} cpu"}
+        pairs.append(np.concatenate([shard.tokens for shard in shards]))
+    # A codebook as initialised, whose codes lie close together; trained ones keep more than 99 %.
+    assert (pairs[0] == pairs[1]).mean() > 0.9
+
+
+def test_a_build_is_not_resumed_in_another_precision(
+    command: Build, exact: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(replace(exact, precision="fp16")) == 2
+    assert "precision: there 'exact', now 'fp16'" in capsys.readouterr().err
+    assert exit_code(replace(exact, precision="tf32")) == 2
+    assert "precision tf32: only a GPU has it" in capsys.readouterr().err
+
+    older = tmp_path / "out"  # of a time when there was no choice
+    shutil.copytree(exact.out, older)
+    plan = json.loads((older / "build.json").read_text())
+    assert plan.pop("precision") == "exact"
+    (older / "build.json").write_text(json.dumps(plan))
+    assert exit_code(replace(exact, out=older)) == 0
 
 
 def test_sentences_are_what_their_kinds_say(command: Build) -> None:
