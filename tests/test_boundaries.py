@@ -69,6 +69,19 @@ def test_importing_is_light_and_changes_nothing_global():
     assert out == "[]"
 
 
+def test_benchmarks_start_where_there_is_torch_and_little_else():
+    """A GPU host without a network: `make bench-gpu PY=python3` uses what is there."""
+    out = run_python(
+        "import importlib, sys\n"
+        "for name in ('PIL', 'tyro', 'rich', 'jinja2', 'matplotlib', 'diffusers', 'h5py'):\n"
+        "    sys.modules[name] = None\n"
+        "for name in ('kernels.bench', 'tokenizer.bench', 'lvm.bench'):\n"
+        "    importlib.import_module(name)\n"
+        "print('all')\n"
+    )
+    assert out == "all"
+
+
 def test_transformers_works_beside_our_kernels_package():
     """`kernels` is also the name of a package that transformers looks for."""
     out = run_python(

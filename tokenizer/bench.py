@@ -27,7 +27,6 @@ from tokenizer.cli import InputError, guarded
 from tokenizer.config import VQGANConfig
 from tokenizer.encode import BulkEncoder
 from tokenizer.formats.diffusers import names, to_config
-from tokenizer.images import BadImage, list_images, read_image
 from tokenizer.metrics import psnr
 from tokenizer.precision import Precision, float32_sums
 from tokenizer.presets import muse_f16_8192, tiny_f4
@@ -63,6 +62,9 @@ def random_case(name: str, config: VQGANConfig, *, batch: int, batches: int) -> 
 
 def trained_case(folder: Path, data: Path, *, batch: int) -> Case:
     """Return the tokenizer in `folder` with pictures of `data`."""
+    # Here, since a GPU host that has torch and little else can do without Pillow.
+    from tokenizer.images import BadImage, list_images, read_image
+
     model = tokenizer.load(folder)
     files = list_images(data)
     pixels = []

@@ -23,19 +23,20 @@ METRICS = "metrics.jsonl"
 
 
 class Board:
-    """TensorBoard's files in `folder`, or nothing."""
+    """TensorBoard's files in `folder`, or nothing; only the main rank writes."""
 
-    def __init__(self, folder: Path, *, wanted: bool, step: int) -> None:
+    def __init__(self, folder: Path, *, wanted: bool, main: bool, step: int) -> None:
         self.writer: Any = None
         if wanted:
-            try:
+            try:  # on every rank, so that all of them stop
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise InputError(
                     f"--tensorboard needs the package tensorboard ({error}); pip install "
                     "tensorboard, or leave it out: metrics.jsonl has the same figures"
                 ) from error
-            self.writer = SummaryWriter(folder, purge_step=step or None)
+            if main:
+                self.writer = SummaryWriter(folder, purge_step=step or None)
 
     def scalars(self, row: dict[str, Any]) -> None:
         if self.writer is not None:
@@ -62,7 +63,7 @@ class History:
             with atomic_write(self.path, "w") as file:
                 file.writelines(f"{line}\n" for line in kept)
         self.board = Board(
-            out / "tensorboard", wanted=tensorboard and self.world.main, step=trainer.step
+            out / "tensorboard", wanted=tensorboard, main=self.world.main, step=trainer.step
         )
         codes = trainer.model.codebook_size
         self.counts = torch.zeros(codes, dtype=torch.int64, device=self.world.device)
@@ -89,13 +90,13 @@ class History:
                 "--lr or --precision fp32"
             )
         counts = self.world.total(self.counts)
+        use = {"codes_used": int((counts > 0).sum()), "perplexity": perplexity(counts)}
         row = {
             "step": trainer.step,
             "elapsed": round(trainer.elapsed, 3),
             **{k: v for k, v in means.items() if k != "mse"},
             "psnr": -10 * math.log10(max(means["mse"], 1e-10)),
-            "codes_used": int((counts > 0).sum()),
-            "perplexity": perplexity(counts),
+            **(use if use["codes_used"] else {}),  # nothing is chosen in the plain part
             "lr": trainer.rate,
             "images_per_second": round(self.images / max(now - self.since, 1e-9), 2),
             "bad": bad.total(),

@@ -69,7 +69,8 @@ class Train:
     save_every: int = 200
     """Steps between checkpoints."""
     check_every: int = 500
-    """Steps between looks at 256 held-out images, with figures and a picture; 0: none."""
+    """Steps between looks at 256 held-out images once codes are in use, with figures and a picture;
+    0: none."""
     tensorboard: bool = False
     """Write figures and pictures for TensorBoard too; needs the package tensorboard."""
 
@@ -105,7 +106,8 @@ def fit(trainer: Trainer, images: Images, held: Tensor, *, command: Train) -> bo
                 # run counts the use of codes over the same steps.
                 row = history.row(parts, images.bad)
                 shown = {k: row[k] for k in SHOWN_WHILE if k in row}
-            if command.check_every and trainer.step % command.check_every == 0:
+            due = command.check_every and trainer.step % command.check_every == 0
+            if due and trainer.quantizing:
                 check(trainer, history, held, out=out)
             # One small sum over the hosts, so that all ranks stop and schedule alike.
             clock = before + time.monotonic() - start if world.main else 0.0
@@ -137,7 +139,7 @@ def check(trainer: Trainer, history: History, held: Tensor, *, out: Path) -> Non
     began = time.monotonic()
     if trainer.world.main:
         model = trainer.model.eval()
-        found = measure(model, held[:CHECKED]).summary()
+        found = measure(model, held[spread(range(len(held)), CHECKED)]).summary()
         names = ("psnr", "ssim", "codes_used", "perplexity")
         row = {"step": trainer.step, "elapsed": round(trainer.elapsed, 3)}
         history.write(row | {f"held_out_{name}": found[name] for name in names})

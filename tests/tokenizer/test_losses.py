@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from taming.modules.vqvae.quantize import VectorQuantizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tokenizer import losses
@@ -102,12 +102,25 @@ def ready(recipe: Recipe) -> tuple[Trainer, Tensor]:
     return trainer, pixels
 
 
+class Blurred(nn.Module):
+    """Stands for a perceptual net, which is tested by itself: a distance of averaged pixels."""
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        return (F.avg_pool2d(images, 4) - F.avg_pool2d(targets, 4)).square().mean((1, 2, 3))
+
+
 @pytest.mark.parametrize("adaptive", [True, False])
-def test_one_step_has_the_gradients_of_one_plain_loss(adaptive: bool) -> None:
+def test_one_step_has_the_gradients_of_one_plain_loss(
+    adaptive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The step runs each judge backward once; autograd over the sum of all terms must agree."""
+    asked = []
+    monkeypatch.setattr(
+        "tokenizer.trainer.load_perceptual", lambda *names: asked.append(names) or Blurred()
+    )
     recipe = replace(
         RECIPE, codes="gradient", adversarial=0.8, adversarial_from=0.2, adaptive=adaptive,
-        entropy=0.1, clip=1e9,
+        entropy=0.1, clip=1e9, perceptual="vgg.pth", perceptual_weight=0.7,
     )  # fmt: skip
     trainer, pixels = ready(recipe)
     fraction = 0.2 + RISE / 4  # where the adversarial term has a quarter of its weight
@@ -121,6 +134,7 @@ def test_one_step_has_the_gradients_of_one_plain_loss(adaptive: bool) -> None:
     restored = model.pixels((latents + (chosen - latents).detach()).movedim(-1, 1))
     base = F.l1_loss(restored, images) + 2.0 * F.mse_loss(restored, images)
     base = base + 0.5 * losses.edge_l1(restored, images)
+    base = base + 0.7 * Blurred()(restored, images).mean()
     deceive = -judge(restored * 2 - 1).mean()
     last = model.decoder.conv_out.weight
     scale = 1.0
@@ -135,6 +149,7 @@ def test_one_step_has_the_gradients_of_one_plain_loss(adaptive: bool) -> None:
     vq = F.mse_loss(chosen, latents.detach()) + 0.25 * F.mse_loss(latents, chosen.detach())
     loss = base + 0.25 * 0.8 * scale * deceive + vq + 0.1 * entropy
     loss.backward()
+    assert asked == [("vgg.pth", None)]
     assert float(parts["loss"]) == pytest.approx(loss.item(), rel=1e-5)
     wanted = {name: p.grad for name, p in model.named_parameters()}
     for name, parameter in trainer.model.named_parameters():
