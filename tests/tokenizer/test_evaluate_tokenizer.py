@@ -173,7 +173,7 @@ def test_given_weights_are_measured_and_named_for_what_they_are(
             folder=folder,
             data=(data,),
             out=tmp_path,
-            lpips_vgg="vgg16.pth",
+            perceptual="vgg16.pth",
             inception=Path("inception.pth"),
             device="cpu",
         )
@@ -242,8 +242,8 @@ def test_a_reconstruction_that_is_no_number_is_refused(data: Path) -> None:
     [
         ({"batch": 0}, "more than 0"),
         ({"limit": 0}, "more than 0"),
-        ({"lpips_heads": Path("vgg.pth")}, "give --lpips-vgg"),
-        ({"lpips_vgg": "absent.pth"}, "no VGG16 weights at absent.pth"),
+        ({"lpips_heads": Path("vgg.pth")}, "give --perceptual"),
+        ({"perceptual": "absent.pth"}, "no VGG16 weights at absent.pth"),
         ({"inception": Path("absent.pth")}, "no Inception weights at absent.pth"),
     ],
 )

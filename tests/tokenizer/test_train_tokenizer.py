@@ -206,8 +206,9 @@ def test_looks_on_the_way_leave_figures_and_pictures_and_change_nothing(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     seen, blind = tmp_path / "seen", tmp_path / "blind"
-    train.main(command(data, seen, check_every=5, tensorboard=True))
-    train.main(command(data, blind, check_every=0))
+    recipe = replace(RECIPE, model=replace(MODEL, dropout=0.1))  # it is off during a look
+    train.main(command(data, seen, recipe=recipe, check_every=5, tensorboard=True))
+    train.main(command(data, blind, recipe=recipe, check_every=0))
     assert all(torch.equal(a, weights(blind)[name]) for name, a in weights(seen).items())
     assert sorted(p.name for p in (seen / "pictures").iterdir()) == ["0000005.png", "0000010.png"]
     rows = [json.loads(line) for line in (seen / "metrics.jsonl").read_text().splitlines()]
