@@ -52,6 +52,11 @@ $(VENV)/dev: $(VENV)/torch pyproject.toml
 		echo "make: triton has no wheel here; tests of kernels will be skipped" >&2
 	@touch $@
 
+# What only `make test-full` needs: Ray, and what drives a browser.
+$(VENV)/full: $(VENV)/dev
+	@$(PIP) install -q -e '.[full]'
+	@touch $@
+
 demo: $(VENV)/demo
 	@$(PY) -m examples.demo --out $(RUN) --size $(DEMO)
 
@@ -59,7 +64,7 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
-test-full: $(VENV)/dev
+test-full: $(VENV)/full
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "slow and not gpu"
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) -m pytest -m gpu; \
 	else echo "no CUDA device: the tests marked gpu were not run"; fi
@@ -69,11 +74,13 @@ check: $(VENV)/dev
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-# What is timed by which program; build and loader have none yet.
+# What is timed by which program.
 BENCH_attention := kernels.bench
 BENCH_encode := tokenizer.bench
+BENCH_build := visual_sentences.bench_build
+BENCH_loader := visual_sentences.bench_loader
 BENCH_generate := lvm.bench
-BENCH_MODULE = $(or $(BENCH_$(BENCH)),$(error BENCH=$(BENCH): wanted attention, encode or generate))
+BENCH_MODULE = $(or $(BENCH_$(BENCH)),$(error BENCH=$(BENCH): wanted attention, encode, build, loader or generate))
 
 bench: $(VENV)/dev
 	@$(PY) -m $(BENCH_MODULE)

@@ -1,7 +1,8 @@
 """What a run is: the model's shape, the optimiser, the rest; sizes and FLOPs without a model."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -153,6 +154,10 @@ class Run:
     recipe: str
     data: str = ""
     """Folder of shards with manifest.json, from visual_sentences.build."""
+    mix: Mapping[str, float] = field(default_factory=dict)
+    """Shares of the sources to train on, as `--mix depth 2 walk 1`, in place of those of the data;
+    sources that it does not name are left out. Validation is on rows of all sources as ever, so
+    that runs of different mixtures can be compared."""
     out: str = ""
     """Run folder: config, metrics, checkpoints. An existing one is resumed."""
     steps: int = 1000
@@ -179,6 +184,7 @@ class Run:
     eval_every: int = 0
     """Updates between validations on the data's `val` split (0: never)."""
     eval_rows: int = 64
+    """Rows of a validation, evenly spread over the split; no row comes twice."""
     keep: int = 2
     """Checkpoints that are kept."""
     model: ModelConfig

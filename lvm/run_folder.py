@@ -14,10 +14,12 @@ from tokenizer.world import World
 from visual_sentences.loader import check_batch
 from visual_sentences.manifest import Manifest
 from visual_sentences.mixture import Mixture
+from visual_sentences.reading import require_codes
 
 
 def resolve(run: Run, manifest: Manifest, world: World) -> Run:
     """Fill in what the data and the ranks decide; raises InputError where they do not fit."""
+    require_codes(manifest, run.data)
     needed = manifest.vocab.pad + 1
     width = run.model.vocab_size or manifest.vocab.size
     if width < needed:
@@ -34,12 +36,16 @@ def resolve(run: Run, manifest: Manifest, world: World) -> Run:
             f"--eval-every {run.eval_every}: {run.data} has no split val, only "
             f"{', '.join(manifest.splits)}; build it with splits, or use --eval-every 0"
         )
+    if run.eval_every and run.eval_rows < 1:
+        raise InputError(
+            f"--eval-rows {run.eval_rows} is not a number of rows; --eval-every 0 validates never"
+        )
     return replace(run, micro_rows=micro, model=replace(run.model, vocab_size=width))
 
 
 def standing(run: Run, manifest: Manifest, folder: Path | None) -> Trainer:
     """Return where the run of `run.out` stands; raises InputError where `run` is not that run."""
-    mixture = Mixture.of(manifest, split="train", seed=run.seed).counts()
+    mixture = Mixture.of(manifest, split="train", seed=run.seed, mix=run.mix).counts()
     phase = Phase(manifest=manifest.hash, mixture=mixture, first=0)
     trainer = Trainer(phases=(phase,)) if folder is None else Trainer.load(folder)
     if (seen := trainer.phases[-1].manifest) != manifest.hash:
@@ -56,6 +62,11 @@ def standing(run: Run, manifest: Manifest, folder: Path | None) -> Trainer:
                 f"{run.out} is a run of another config ({'; '.join(found)}); give it the old "
                 "values, or start a new run with another --out"
             )
+    if (used := trainer.phases[-1].mixture) != mixture:
+        raise InputError(
+            f"{run.out} was trained on rows in shares {used}, this is {mixture}: the samples would "
+            "not be the same. Give it the old --mix, or start a new run with another --out"
+        )
     return trainer
 
 

@@ -14,12 +14,10 @@ those of its latest checkpoint, so at the same number of ranks it ends bit by bi
 have ended undisturbed. SIGTERM, SIGUSR1 and SIGINT finish the update, save and exit with code 0.
 """
 
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -40,7 +38,7 @@ from tokenizer.cli import run as run_command
 from tokenizer.world import Signals, World
 from tokenizer.world import world as open_world
 from visual_sentences.batch import IGNORE, Batch
-from visual_sentences.loader import Loader
+from visual_sentences.loader import Loader, held_out
 from visual_sentences.manifest import Manifest
 from visual_sentences.pack import Rows, pack
 
@@ -105,7 +103,16 @@ class Training:
         self.optimisers = optim.optimisers(self.learner, run.optim)
         if folder is not None:
             checkpoint.load(folder, model=self.learner, optimisers=self.optimisers, world=world)
-        self.loader = self.rows_of("train", run.batch_rows, start=trainer.samples)
+        self.loader = Loader(
+            run.data,
+            batch_rows=run.batch_rows,
+            rank=world.rank,
+            world=world.size,
+            start=trainer.samples,
+            seed=run.seed,
+            workers=run.workers,
+            mix=run.mix,
+        )
         self.log = metrics.Log(self.out / "metrics.jsonl", step=trainer.step, enabled=world.main)
         self.window = metrics.Window()
         self.began = time.perf_counter() - trainer.elapsed
@@ -117,18 +124,6 @@ class Training:
             done=trainer.step,
             seconds=run.seconds - trainer.elapsed if run.seconds else None,
             enabled=world.main,
-        )
-
-    def rows_of(self, split: str, batch_rows: int, *, start: int = 0) -> Loader:
-        return Loader(
-            self.run.data,
-            split=split,
-            batch_rows=batch_rows,
-            rank=self.world.rank,
-            world=self.world.size,
-            start=start,
-            seed=self.run.seed,
-            workers=self.run.workers,
         )
 
     def batch(self, rows: Rows) -> Batch:
@@ -225,9 +220,14 @@ class Training:
     def validate(self) -> None:
         """Write a line on rows of the split `val`, the same ones every time."""
         run, world = self.run, self.world
-        each = run.micro_rows * world.size
         totals = torch.zeros(3, device=world.device)
-        for rows in islice(self.rows_of("val", each), math.ceil(run.eval_rows / each)):
+        for rows in held_out(
+            run.data,
+            rows=run.eval_rows,
+            micro_rows=run.micro_rows,
+            rank=world.rank,
+            world=world.size,
+        ):
             with parallel.compute(world, precision=run.precision):
                 sums = self.learner(self.batch(rows))
             totals += torch.stack([sums.nll, sums.correct, sums.count])

@@ -5,6 +5,7 @@ says what was seen, what was wanted and what to do; a traceback always means a d
 """
 
 import errno
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,14 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
+
+STORAGE = {  # what a disk may do at any moment
+    errno.ENOSPC: ("the disk is full", "free some space"),
+    errno.EDQUOT: ("your share of the disk is full", "free some space"),
+    errno.EROFS: ("the disk can only be read", "have it made writable"),
+    errno.EACCES: ("a file may not be used", "change its permissions"),
+    errno.EIO: ("the disk has failed", "look into its state"),
+}
 
 
 class InputError(ValueError):
@@ -50,10 +59,14 @@ def guarded(body: Callable[[], int | None], *, prog: str) -> int:
         code, message = 1, str(error)
     except KeyboardInterrupt:
         code, message = 130, "interrupted; the same command goes on from what is finished"
+    except BrokenPipeError:  # whoever read our output has gone, as in `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 1
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in STORAGE:
             raise
-        code, message = 1, f"the disk is full ({error}); free some space and run the command again"
+        seen, remedy = STORAGE[error.errno]
+        code, message = 1, f"{seen} ({error}); {remedy} and run the command again"
     sys.stdout.flush()
     print(f"{prog}: {message}", file=sys.stderr)
     return code

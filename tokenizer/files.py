@@ -1,5 +1,6 @@
 """Files that are either whole or absent: atomic writes, checksums, left-over temporaries."""
 
+import errno
 import hashlib
 import os
 import uuid
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # some file systems have none
 TEMPORARY = ".tmp-"  # every unfinished file of the project carries this in its name
 
 
@@ -17,10 +19,11 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
+def atomic_write(path: Path | str, mode: str = "wb", *, first: bool = False) -> Iterator[IO[Any]]:
     """Open a temporary file that becomes `path` by fsync and rename when the block ends well.
 
-    A crash at any moment leaves the old file or the new one, never a part of one.
+    A crash at any moment leaves the old file or the new one, never a part of one. With `first` a
+    file that another process has put there meanwhile stays: FileExistsError.
     """
     path = Path(path)
     temporary = temporary_name(path)
@@ -29,11 +32,25 @@ def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if first and _link(temporary, path):
+            temporary.unlink()
+        else:
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def _link(temporary: Path, path: Path) -> bool:
+    """Give a file a second name, which must be new; returns False where nothing has two names."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:

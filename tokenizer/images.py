@@ -8,6 +8,7 @@ import io
 import os
 import re
 import struct
+import threading
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 Preprocess = Literal["squash", "crop"]
 MOST_PIXELS = 1 << 26  # of a resized image before the crop: 192 MiB, 64 × 1,048,576 for instance
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"})
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 class BadImage(Exception):
@@ -31,10 +33,44 @@ class BadImage(Exception):
         return BadImage, (self.reason, self.detail)  # worker processes send it home
 
 
+class _Silence:
+    """Ignore warnings while any thread is inside; `warnings.catch_warnings` alone, entered by two
+    threads, may leave them off for ever."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.caught = warnings.catch_warnings()
+                self.caught.__enter__()
+                warnings.simplefilter("ignore")
+            self.inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                self.caught.__exit__(None, None, None)
+
+
+_SILENCE = _Silence()  # Pillow warns of large images and odd EXIF blocks
+
+
 def read_image(
-    source: Path | str | bytes, *, size: int, preprocess: Preprocess = "squash"
+    source: Path | str | bytes | np.ndarray, *, size: int, preprocess: Preprocess = "squash"
 ) -> np.ndarray:
-    """Decode one image to uint8 [size, size, 3] RGB; raises BadImage with the reason.
+    """Decode one image to uint8 [size, size, 3] RGB; raises BadImage with the reason."""
+    return fit(open_image(source, size=size), size=size, preprocess=preprocess)
+
+
+def open_image(source: Path | str | bytes | np.ndarray, *, size: int) -> Image.Image:
+    """Decode one image to RGB of its own shape; raises BadImage with the reason.
+
+    `size` is the side in pixels at which the whole image will be needed, a cut-out's divided by its
+    part of the shorter side; a JPEG may come smaller than it is, never smaller than that. An array
+    is uint8 [H, W, 3].
 
     What becomes of an image that is not plain 8-bit RGB:
     - much larger JPEG: decoded at a reduced scale (Pillow's draft mode);
@@ -45,8 +81,13 @@ def read_image(
     - 16-bit grey (depth maps): scaled by 1/257, not clipped; 16-bit colour: its high bytes;
     - animated GIF, WEBP, PNG, many-page TIFF: the first frame;
     - 32-bit float, or 32-bit grey beyond 16 bits: refused, for its range is unknown;
-    - more than 179 million pixels, or so elongated that the crop's resize is huge: refused.
+    - formats beside those of `SUFFIXES`: refused, for Pillow starts other programs for some;
+    - more than 179 million pixels, by the header, before any is decoded: refused.
     """
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            raise BadImage("unsupported mode", f"array {source.dtype} {list(source.shape)}")
+        return Image.fromarray(source)
     name = "bytes" if isinstance(source, bytes) else str(source)
     try:
         if isinstance(source, bytes):
@@ -57,11 +98,9 @@ def read_image(
             empty = os.path.getsize(data) == 0
         if empty:
             raise BadImage("empty file", name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images and odd EXIF blocks
-            with Image.open(data) as image:
-                image.draft("RGB", (size, size))
-                return np.asarray(_fit(_to_rgb(ImageOps.exif_transpose(image)), size, preprocess))
+        with _SILENCE, Image.open(data, formats=FORMATS) as image:
+            image.draft("RGB", (size, size))
+            return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:
         raise BadImage("not an image", name) from error
     except Image.DecompressionBombError as error:
@@ -72,6 +111,36 @@ def read_image(
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
         raise BadImage(reason, f"{name}: {error}") from error
+
+
+def fit(
+    image: Image.Image,
+    *,
+    size: int,
+    preprocess: Preprocess,
+    box: tuple[float, float, float, float] | None = None,
+    flip: bool = False,
+) -> np.ndarray:
+    """Bring an RGB image to uint8 [size, size, 3]; raises BadImage if it is too elongated to crop.
+
+    `box` is the part to keep, first of all: left, top, width, height in parts of the image, rounded
+    to whole pixels. `flip` swaps left and right in the end.
+    """
+    if box is not None:
+        image = image.crop(_pixels(box, image.width, image.height))
+    pixels = np.asarray(_resized(image, size, preprocess))
+    return np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
+
+
+def _pixels(
+    box: tuple[float, float, float, float], width: int, height: int
+) -> tuple[int, int, int, int]:
+    """Return left, top, right, bottom inside the image, at least one pixel apart."""
+    left = min(round(box[0] * width), width - 1)
+    top = min(round(box[1] * height), height - 1)
+    right = min(max(round((box[0] + box[2]) * width), left + 1), width)
+    bottom = min(max(round((box[1] + box[3]) * height), top + 1), height)
+    return left, top, right, bottom
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -87,7 +156,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _fit(image: Image.Image, size: int, preprocess: Preprocess) -> Image.Image:
+def _resized(image: Image.Image, size: int, preprocess: Preprocess) -> Image.Image:
     if preprocess == "squash":
         if image.size == (size, size):
             return image
@@ -108,8 +177,12 @@ def _fit(image: Image.Image, size: int, preprocess: Preprocess) -> Image.Image:
 
 def natural_key(name: str) -> list[tuple[bool, int, str]]:
     """Sort key under which frame2 comes before frame10."""
-    parts = re.split(r"(\d+)", name)
-    return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts if p]
+    parts = re.split(r"(\d+)", name)  # what does not match and what does, in turn
+    return [
+        (True, int(part), part) if place % 2 else (False, 0, part)
+        for place, part in enumerate(parts)
+        if part
+    ]
 
 
 def list_images(folder: Path | str) -> list[Path]:

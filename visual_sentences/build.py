@@ -1,22 +1,20 @@
-"""Build shards of visual sentences from folders of images: plan, run, seal.
+"""Build shards of visual sentences: plan, run, seal.
 
-    plan    list every source, order it by seed, cut it into units of a fixed number of items
-    run     each unit → shard and JSON, in as many processes as wanted
+    plan    list every source, order it by seed, cut it into units; kept in plan-NNN.arrow
+    run     each unit → shards and JSON, by as many processes or machines as wanted
     seal    the manifest, written last: where it is, everything is there
 
-A build that was killed goes on where it was: run the same command again.
+A build that was killed goes on where it was: run the same command again. Run it later, and what the
+sources have got since becomes further shards; nothing of the old ones is touched.
 """
 
-import errno
-import fcntl
-import json
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import re
+import shutil
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -25,45 +23,63 @@ import tokenizer
 from tokenizer.cli import CommandError, InputError, Progress, run
 from tokenizer.files import atomic_write, remove_temporaries
 from tokenizer.precision import Precision, resolve
+from visual_sentences.dry_run import dry_run
+from visual_sentences.identity import identity, refuse_another, save_identity
+from visual_sentences.job import Job, exclude_id
 from visual_sentences.manifest import FILE as MANIFEST
-from visual_sentences.manifest import Manifest, ShardEntry, SourceEntry
-from visual_sentences.plan import FILE as PLAN
-from visual_sentences.plan import Plan, identity, make_plan, refuse_another
-from visual_sentences.report import describe_plan, describe_unusable, table, verify
-from visual_sentences.spec import load_spec
-from visual_sentences.unit import Job, Result, finished
-from visual_sentences.workers import cores, in_pool, in_process
+from visual_sentences.manifest import Manifest
+from visual_sentences.output import held, make_folder, withdraw
+from visual_sentences.plan import Plan, Unit, load_plans, make_plan, write_plan
+from visual_sentences.report import describe_unusable, table, verify
+from visual_sentences.seal import seal, unusable
+from visual_sentences.spec import IMAGES_PER_ROW, Spec, load_spec
+from visual_sentences.unit import Result, finished
+from visual_sentences.workers import Done, cores, in_pool, in_process
 
 UNUSABLE = "unusable.tsv"
+
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Build:
-    """Turn folders of images into shards of visual sentences.
+    """Turn images and videos into shards of visual sentences.
 
-    The same command again goes on with what is missing. Files that cannot be used are counted by
-    reason, listed in unusable.tsv, and do not stop the work.
+    The same command again goes on with what is missing, or adds what is new. Files that cannot be
+    used are counted by reason, listed in unusable.tsv, and do not stop the work.
     """
 
     spec: Annotated[Path, tyro.conf.Positional]
     """The mixture spec, such as mix.toml."""
-    tokenizer: Path
-    """Folder of the tokenizer that encodes the images."""
     out: Path
     """Folder for the shards; made if need be."""
+    tokenizer: Path | None = None
+    """Folder of the tokenizer that encodes the images."""
+    images: bool = False
+    """Store the images as JPEG with their labels, one item a row, instead of codes; needs no
+    tokenizer, but image_size in the spec."""
+    engine: Literal["local", "ray"] = "local"
+    """Who runs the work: processes of this machine, or a Ray cluster."""
+    part: str = ""
+    """i/n: this is job i of n, from 1, that share the work, as in a Slurm array; when all are done,
+    the same command without --part writes the manifest."""
     workers: int = 0
-    """Processes that read and encode; 0: one for each core. The bytes do not depend on it."""
+    """Processes that read and encode; 0: one for each core, or each GPU. No byte depends on it."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where images are encoded; with cuda each worker uses the GPU for its own batches."""
+    """Where images are encoded."""
     precision: Precision = "auto"
     """Of the encoder's convolutions: auto is the fastest that keeps 99 % of the codes on a trained
     tokenizer, exact gives the codes of tokenizer.encode in fp32; the shards say which it was."""
     batch: int = 64
     """Images encoded at once."""
     shard_rows: int = 128
-    """Most rows of a shard; for billions of images choose 16384 or more, so that files are few."""
+    """Rows of a shard, about; for billions of images choose 16384 or more, so that files are few.
+    A tar or Parquet file is never cut."""
+    exclude: Path | None = None
+    """Text file of names or stems, one a line, that must not be used. Where a finished shard has
+    one of them, it is made again without."""
     dry_run: bool = False
-    """Say what would be built, and stop."""
+    """Say what would be built and how long it would take, and stop."""
     verify: bool = False
     """Afterwards read every shard again and compare its size and sha256 with the manifest."""
 
@@ -88,9 +104,144 @@ def main(command: Build) -> int:
     return 0
 
 
-def build(command: Build, *, log: Callable[[str], None]) -> Manifest | None:
-    """Do what `command` says; returns the manifest, or None after a dry run."""
-    spec, out = load_spec(command.spec), command.out
+def build(command: Build, *, log: Log) -> Manifest | None:
+    """Do what `command` says; returns the manifest, or None after a dry run or a part."""
+    spec, out, mine = load_spec(command.spec), command.out, _part(command.part)
+    job, row_len = prepare(command, spec)
+    wanted = identity(spec, job, row_len=row_len, shard_rows=command.shard_rows)
+    if command.dry_run:
+        dry_run(spec, job, shard_rows=command.shard_rows, workers=_workers(command), log=log)
+        return None
+    make_folder(out)
+    with held(out, alone=mine is None):
+        refuse_another(out, wanted)
+        if mine is None:
+            remove_temporaries(out)
+        plans = load_plans(spec, out)
+        sealed = Manifest.load(out) if (out / MANIFEST).exists() else None
+        results: dict[str, Result] = {}
+        if plans:  # what was begun or lost comes first, then what is new since
+            results = run_units(command, _labelled(job, plans), plans, part=mine, log=log)
+        begun = bool(plans) and (sealed is None or sealed.generation < len(plans))
+        if mine is None or not begun:  # parts share one plan until it is sealed
+            new = make_plan(spec, job, shard_rows=command.shard_rows, before=plans, out=out)
+            if new.units or not plans:
+                save_identity(out, wanted)  # first: a plan is nothing without what it is for
+                write_plan(new, out)
+                plans = load_plans(spec, out)  # of parts that start together one was first
+        job = _labelled(job, plans)
+        results |= run_units(command, job, plans, part=mine, known=results, log=log)
+        if mine is not None:
+            log(
+                f"part {command.part} is done; when all are, the same command without --part "
+                "writes the manifest"
+            )
+            return None
+        manifest = seal(spec, job, plans, list(results.values()), row_len=row_len)
+        if sealed is not None and manifest == sealed and (out / MANIFEST).exists():
+            log(f"{out} is finished, nothing is left to do")
+        else:
+            entries = unusable(plans, results.values())
+            describe_unusable(entries, log=log)
+            with atomic_write(out / UNUSABLE, "w") as file:
+                file.writelines("\t".join(entry) + "\n" for entry in sorted(entries))
+            older = sealed is not None and sealed.generation < manifest.generation
+            if sealed is not None and older and (out / MANIFEST).exists():
+                shutil.copy(out / MANIFEST, out / f"manifest-{sealed.generation:03d}.json")
+            manifest.save(out)
+    log(table(manifest))
+    return manifest
+
+
+def run_units(
+    command: Build,
+    job: Job,
+    plans: Sequence[Plan],
+    *,
+    part: tuple[int, int] | None,
+    known: dict[str, Result] | None = None,
+    log: Log,
+) -> dict[str, Result]:
+    """Run the units that are not there yet; returns the results of all, in the plans' order."""
+    units = [unit for plan in plans for unit in plan.units]
+    if part is not None:
+        units = units[part[0] - 1 :: part[1]]
+    known = known or {}
+    results = {unit.name: known.get(unit.name) or finished(unit, job) for unit in units}
+    todo = [unit for unit in units if results[unit.name] is None]
+    withdraw(job, todo)
+    total = sum(unit.images for unit in units)
+    bad = sum(len(result.bad) for result in results.values() if result is not None)
+    resumed = total - sum(unit.images for unit in todo)
+    try:
+        with (
+            Progress("build", total=total, unit="images", done=resumed) as progress,
+            closing(_engine(command, job, todo, log=log)) as done,
+        ):
+            for unit, result in done:
+                results[unit.name] = result
+                bad += len(result.bad)
+                progress.update(unit.images, bad=bad)
+    finally:
+        if part is None:
+            remove_temporaries(Path(job.out))  # of workers that were killed
+    return {name: result for name, result in results.items() if result is not None}
+
+
+def _engine(command: Build, job: Job, units: Sequence[Unit], *, log: Log) -> Generator[Done]:
+    """Yield results as they come; when it is closed, nobody works on units any more."""
+    if not units:
+        return
+    if command.engine == "ray":
+        from visual_sentences.on_ray import on_ray
+
+        yield from on_ray(job, units, workers=command.workers, log=log)
+        return
+    workers = _workers(command)
+    job = replace(job, threads=max(1, cores() // workers))
+    if min(workers, len(units)) == 1:
+        yield from in_process(job, units)
+    else:
+        yield from in_pool(job, units, workers=workers, log=log)
+
+
+def _workers(command: Build) -> int:
+    return command.workers or (cores() if command.device == "cpu" else torch.cuda.device_count())
+
+
+def prepare(command: Build, spec: Spec) -> tuple[Job, int]:
+    """Return the job and the length of a row, 0 for images."""
+    shared: dict[str, Any] = {
+        "seed": spec.seed,
+        "batch": command.batch,
+        "out": str(command.out.absolute()),  # for workers elsewhere
+        "exclude": str(command.exclude.absolute()) if command.exclude else "",
+        "exclude_id": exclude_id(command.exclude),
+    }
+    if command.images:
+        if command.tokenizer is not None:
+            raise InputError("--images stores no codes: leave out --tokenizer, or --images")
+        if spec.image_size is None:
+            raise InputError(
+                f"--images needs a size: write image_size = 256, or another, into {command.spec}"
+            )
+        images = Job(
+            form="images",
+            tokenizer="",
+            tokenizer_id="",
+            codebook_size=0,
+            codes_per_image=0,
+            image_size=spec.image_size,
+            images_per_row=IMAGES_PER_ROW,
+            device="cpu",
+            precision="exact",
+            **shared,
+        )
+        return images, 0
+    if command.tokenizer is None:
+        raise InputError(
+            "wanted --tokenizer DIR, which encodes the images, or --images to store them as JPEG"
+        )
     tok = tokenizer.load(command.tokenizer)
     row_len, images_per_row = spec.geometry(
         codes_per_image=tok.codes_per_image,
@@ -98,150 +249,31 @@ def build(command: Build, *, log: Callable[[str], None]) -> Manifest | None:
         tokenizer=str(command.tokenizer),
     )
     job = Job(
-        tokenizer=str(command.tokenizer),
+        form="codes",
+        tokenizer=str(command.tokenizer.absolute()),
         tokenizer_id=tok.id,
         codebook_size=tok.codebook_size,
         codes_per_image=tok.codes_per_image,
         image_size=tok.image_size,
         images_per_row=images_per_row,
-        seed=spec.seed,
-        batch=command.batch,
         device=command.device,
         precision=resolve(command.precision, tok=tok, device=command.device),
-        out=str(out),
+        **shared,
     )
-    wanted = identity(spec, job, row_len=row_len, shard_rows=command.shard_rows)
-    if not command.dry_run:
-        refuse_another(out, wanted)
-        if done := _whole(out):
-            log(f"{out} is finished, nothing is left to do (its inputs were not listed again)")
-            log(table(done))
-            return done
-    plan = make_plan(spec, job, row_len=row_len, shard_rows=command.shard_rows)
-    unusable = [
-        (source.name, reason, key)
-        for source, listing in zip(spec.sources, plan.listings, strict=True)
-        for key, reason in listing.bad
-    ]
-    describe_unusable(unusable, log=log)
-    if command.dry_run:
-        describe_plan(plan, log=log)
+    return job, row_len
+
+
+def _labelled(job: Job, plans: Sequence[Plan]) -> Job:
+    return replace(job, classes={name: entry.classes for name, entry in plans[-1].listed.items()})
+
+
+def _part(written: str) -> tuple[int, int] | None:
+    if not written:
         return None
-    out.mkdir(parents=True, exist_ok=True)
-    with _only_writer(out):
-        refuse_another(out, wanted | {"inputs": plan.inputs})
-        (out / MANIFEST).unlink(missing_ok=True)  # it was there for shards that are not
-        remove_temporaries(out)
-        with atomic_write(out / PLAN, "w") as file:
-            json.dump(wanted | {"inputs": plan.inputs}, file, indent=1)
-        results = run_units(plan, workers=command.workers or cores())
-        found = [(r.source, reason, key) for r in results for key, reason in r.bad]
-        describe_unusable(found, log=log)
-        with atomic_write(out / UNUSABLE, "w") as file:
-            file.writelines("\t".join(entry) + "\n" for entry in sorted(unusable + found))
-        manifest = seal(plan, results)
-        manifest.save(out)
-    log(table(manifest))
-    return manifest
-
-
-def run_units(plan: Plan, *, workers: int) -> list[Result]:
-    """Run the units that are not there yet; returns the results of all, in the plan's order."""
-    out = Path(plan.job.out)
-    results = {unit.name: finished(unit, out) for unit in plan.units}
-    todo = [unit for unit in plan.units if results[unit.name] is None]
-    total = sum(unit.images for unit in plan.units)
-    bad = sum(len(result.bad) for result in results.values() if result is not None)
-    resumed = total - sum(unit.images for unit in todo)
-    here = min(workers, len(todo)) <= 1
-    work = in_process(plan.job, todo) if here else in_pool(plan.job, todo, workers=workers)
-    with Progress("build", total=total, unit="images", done=resumed) as progress:
-        for unit, result in work:
-            results[unit.name] = result
-            bad += len(result.bad)
-            progress.update(unit.images, bad=bad)
-    return [result for result in results.values() if result is not None]
-
-
-def seal(plan: Plan, results: Sequence[Result]) -> Manifest:
-    """Make the manifest of a plan whose units are all done."""
-    bad = {
-        source.name: Counter(reason for _, reason in listing.bad)
-        for source, listing in zip(plan.spec.sources, plan.listings, strict=True)
-    }
-    good: Counter[str] = Counter()
-    for result in results:
-        bad[result.source].update(reason for _, reason in result.bad)
-        good[result.source] += result.good
-    return Manifest(
-        tokenizer=plan.job.tokenizer_id,
-        codebook_size=plan.job.codebook_size,
-        codes_per_image=plan.job.codes_per_image,
-        image_size=plan.job.image_size,
-        row_len=plan.row_len,
-        seed=plan.spec.seed,
-        sources=tuple(
-            SourceEntry(
-                name=source.name,
-                kind=source.kind,
-                weight=source.weight,
-                repeat=source.repeat,
-                preprocess=source.preprocess,
-                license=source.license,
-                note=source.note,
-                inputs=listing.inputs,
-                good=good[source.name],
-                bad=dict(sorted(bad[source.name].items())),
-            )
-            for source, listing in zip(plan.spec.sources, plan.listings, strict=True)
-        ),
-        shards=tuple(
-            ShardEntry(
-                name=f"{unit.name}.arrow",
-                source=result.source,
-                split=result.split,
-                rows=result.rows,
-                documents=result.documents,
-                images=result.images,
-                bytes=result.bytes,
-                sha256=result.sha256,
-                offset=result.offset,
-            )
-            for unit, result in zip(plan.units, results, strict=True)
-            if result.rows
-        ),
-    )
-
-
-def _whole(out: Path) -> Manifest | None:
-    """Return the manifest of a finished build all of whose shards are there, else None."""
-    if not (out / MANIFEST).exists():
-        return None
-    manifest = Manifest.load(out)
-    for shard in manifest.shards:
-        path = out / shard.name
-        if not path.exists() or path.stat().st_size != shard.bytes:
-            return None
-    return manifest
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Hold `out` for this process; the lock goes when the process does, however it ends."""
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another build is writing to {out}; wait for it, or end it"
-            ) from error
-        except OSError as error:  # some network file systems have no locks
-            if error.errno not in (errno.ENOLCK, errno.ENOTSUP):
-                raise
-        yield
-    finally:
-        os.close(folder)
+    found = re.fullmatch(r"(\d+)/(\d+)", written)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"--part {written}: wanted i/n with i from 1 to n, such as 3/16")
+    return int(found[1]), int(found[2])
 
 
 if __name__ == "__main__":

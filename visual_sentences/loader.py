@@ -1,4 +1,4 @@
-"""Shards to rows: by place for evaluation, in the mixture's order for training.
+"""Rows in the mixture's order for training, and rows of a split each once to validate on.
 
 A training run owns one number, the samples it has used. From it, `Loader` continues at any place
 with any number of ranks:
@@ -6,14 +6,15 @@ with any number of ranks:
     samples      start … start + G - 1 | start + G …          G global rows a step
     rank 0 of 2  the first half        | the first half
     rank 1 of 2  the second half       | the second half
+
+Ranks that share a model's work on the same rows (tensor, context or pipeline parallel) are one rank
+here: of a mesh, `rank` and `world` are place and size along its data-parallel dimensions alone.
 """
 
 import atexit
 import signal
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
-from itertools import accumulate
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -24,64 +25,9 @@ from tokenizer.cli import InputError
 from visual_sentences.manifest import Manifest
 from visual_sentences.mixture import Mixture
 from visual_sentences.pack import Rows
-from visual_sentences.sampler import Integers
-from visual_sentences.shards import Shard, code_type, open_shard
+from visual_sentences.reading import Read, Reader, require_codes
 
-OPEN = 512  # shards mapped at once; each holds a file descriptor, of which 1024 is a usual limit
 AHEAD = 4096  # samples whose places are computed at once: numpy is slow on a few, fast on many
-
-
-class Reader:
-    """Rows of one split by (source, row). Shards are opened on first use."""
-
-    def __init__(self, folder: Path | str, manifest: Manifest, *, split: str, random: bool) -> None:
-        self.folder, self.manifest = Path(folder), manifest
-        entries = [manifest.shards_of(source.name, split) for source in manifest.sources]
-        self._names = [[entry.name for entry in shards] for shards in entries]
-        self._ends = [list(accumulate(entry.rows for entry in shards)) for shards in entries]
-        self._sizes = {entry.name: entry.rows for shards in entries for entry in shards}
-        self._random = random
-        self._shard = lru_cache(OPEN)(self._open)
-
-    def read(self, sources: Integers, rows: Integers) -> Rows:
-        count, width = len(sources), self.manifest.row_len
-        tokens = np.zeros((count, width), code_type(self.manifest.codebook_size))
-        starts = np.full((count, self.manifest.images_per_row), -1, np.int32)
-        length = np.zeros(count, np.int32)
-        for i, (source, row) in enumerate(zip(sources.tolist(), rows.tolist(), strict=True)):
-            shard, place = self._place(source, row)
-            tokens[i] = shard.tokens[place]
-            length[i] = shard.length[place]
-            found = shard.starts(place)
-            starts[i, : len(found)] = found
-        return Rows(
-            tokens=torch.from_numpy(tokens if tokens.dtype == np.uint16 else tokens.view(np.int32)),
-            starts=torch.from_numpy(starts),
-            length=torch.from_numpy(length),
-            source=torch.from_numpy(sources.astype(np.int32)),
-        )
-
-    def keys(self, source: int, row: int) -> list[str]:
-        """Return the names of a row's images, as the build's source folders have them."""
-        shard, place = self._place(source, row)
-        return shard.keys(place)
-
-    def _place(self, source: int, row: int) -> tuple[Shard, int]:
-        ends = self._ends[source]
-        number = bisect_right(ends, row)
-        return self._shard(self._names[source][number]), row - (ends[number - 1] if number else 0)
-
-    def _open(self, name: str) -> Shard:
-        shard, manifest = open_shard(self.folder / name, random=self._random), self.manifest
-        seen = (*shard.tokens.shape, shard.metadata["tokenizer"])
-        wanted = (self._sizes[name], manifest.row_len, manifest.tokenizer)
-        if seen != wanted:
-            raise InputError(
-                f"the shard {self.folder / name} has rows, row length and tokenizer {seen}, the "
-                f"manifest says {wanted}; were files of two builds mixed? Run its build again with "
-                "--verify"
-            )
-        return shard
 
 
 class Loader:
@@ -89,7 +35,8 @@ class Loader:
 
     `batch_rows` is the global batch, `start` the samples used before. `micro_rows` is how many rows
     a rank computes at once; with `world` it must divide the global batch. With `workers`, processes
-    read ahead; a warm local disk needs none. Equal arguments give equal rows, whatever `workers`.
+    read ahead; a warm local disk needs none. Equal arguments give equal rows, whatever `workers`
+    and `read`, the way of `Reader`; `mix` is as in `Mixture.of`.
     """
 
     def __init__(
@@ -105,9 +52,11 @@ class Loader:
         start: int = 0,
         workers: int = 0,
         mix: Mapping[str, float] | None = None,
+        read: Read = "auto",
     ) -> None:
         check_batch(batch_rows, world=world, micro_rows=micro_rows)
         self.manifest = Manifest.load(folder)
+        require_codes(self.manifest, folder)
         self.mixture = Mixture.of(self.manifest, split=split, seed=seed, mix=mix)
         self.workers = workers
         self._steps = _Steps(
@@ -119,10 +68,43 @@ class Loader:
             rank=rank,
             world=world,
             start=start,
+            read=read,
         )
 
     def __iter__(self) -> Iterator[Rows]:
         return _from_workers(self._steps, self.workers) if self.workers else iter(self._steps)
+
+
+def held_out(
+    folder: Path | str,
+    *,
+    rows: int,
+    micro_rows: int,
+    split: str = "val",
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[Rows]:
+    """Yield `rows` rows of a split, or all if there are fewer: evenly spread, in order, each once.
+
+    Which rows these are depends on the data alone. A step has `micro_rows` rows, and all ranks have
+    as many steps, which a model that is sharded over them needs; where rows run out, rows of length
+    0 stand in, which predict nothing.
+    """
+    manifest = Manifest.load(folder)
+    counts = np.array(list(manifest.rows(split).values()), np.int64)
+    total = int(counts.sum())
+    chosen = np.arange(min(rows, total)) * total // min(rows, total)
+    sources = np.searchsorted(np.cumsum(counts), chosen, side="right")
+    places = chosen - (np.cumsum(counts) - counts)[sources]
+    with closing(Reader(folder, manifest, split=split, random=False)) as reader:
+        for first in range(0, len(chosen), micro_rows * world):
+            mine = np.arange(first + rank, first + micro_rows * world, world)
+            there = mine < len(chosen)
+            mine = np.where(there, mine, 0)
+            found = reader.read(sources[mine], places[mine])
+            found.length[torch.from_numpy(~there)] = 0
+            found.starts[torch.from_numpy(~there)] = -1
+            yield found
 
 
 def _from_workers(steps: "_Steps", workers: int) -> Iterator[Rows]:
@@ -169,25 +151,28 @@ class _Steps(IterableDataset[Rows]):
         rank: int,
         world: int,
         start: int,
+        read: Read,
     ) -> None:
         self.folder, self.manifest, self.mixture, self.split = folder, manifest, mixture, split
         self.batch_rows, self.rank, self.world, self.start = batch_rows, rank, world, start
+        self.read = read
 
     def __iter__(self) -> Iterator[Rows]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        reader = Reader(self.folder, self.manifest, split=self.split, random=True)
+        reader = Reader(self.folder, self.manifest, split=self.split, random=True, read=self.read)
         local = self.batch_rows // self.world
         mine = self.start + self.rank * local + np.arange(local)
         steps = max(1, AHEAD // local)
         step = worker
-        while True:
-            numbers = step + workers * np.arange(steps)
-            samples = (mine[None, :] + self.batch_rows * numbers[:, None]).reshape(-1)
-            sources, rows = self.mixture.rows(samples)
-            for s, r in zip(sources.reshape(steps, -1), rows.reshape(steps, -1), strict=True):
-                yield reader.read(s, r)
-            step += workers * steps
+        with closing(reader):
+            while True:
+                numbers = step + workers * np.arange(steps)
+                samples = (mine[None, :] + self.batch_rows * numbers[:, None]).reshape(-1)
+                sources, rows = self.mixture.rows(samples)
+                for s, r in zip(sources.reshape(steps, -1), rows.reshape(steps, -1), strict=True):
+                    yield reader.read(s, r)
+                step += workers * steps
 
 
 def _ignore_signals(worker: int) -> None:

@@ -5,13 +5,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from tokenizer.cli import InputError
 from tokenizer.files import atomic_write
 from visual_sentences.vocab import Vocab
 
-FORMAT, VERSION = "visual-sentences", 1
+FORMAT, VERSION = "visual-sentences", 2
+READABLE = (1, 2)
+SINCE_1: Mapping[str, Any] = {"form": "codes", "generation": 1}
+SOURCE_SINCE_1: Mapping[str, Any] = {"augment": 1, "classes": ()}
 FILE = "manifest.json"
 
 
@@ -33,6 +36,8 @@ class SourceEntry:
     inputs: int
     good: int
     bad: Mapping[str, int]
+    augment: int = 1
+    classes: tuple[str, ...] = ()  # of image shards: what the labels 0, 1, … stand for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,8 @@ class Manifest:
     seed: int
     sources: tuple[SourceEntry, ...]
     shards: tuple[ShardEntry, ...]
+    form: Literal["codes", "images"] = "codes"
+    generation: int = 1  # counts the times that data was added
 
     @property
     def vocab(self) -> Vocab:
@@ -67,7 +74,8 @@ class Manifest:
 
     @property
     def images_per_row(self) -> int:
-        return self.row_len // self.codes_per_image
+        """Return the places of a row; 0 in shards of images, whose rows have any number."""
+        return self.row_len // self.codes_per_image if self.codes_per_image else 0
 
     @property
     def splits(self) -> list[str]:
@@ -76,8 +84,17 @@ class Manifest:
 
     @property
     def hash(self) -> str:
-        """Return 64 hex digits that change with anything a training run could notice."""
-        return hashlib.sha256(json.dumps(self._values(), sort_keys=True).encode()).hexdigest()
+        """Return 64 hex digits that change with anything a training run could notice.
+
+        What version 1 had not counts where it is not as it was then, so that a run on data of that
+        version still knows it.
+        """
+        values = self._values() | {"version": 1}
+        for table, since in [(values, SINCE_1), *((s, SOURCE_SINCE_1) for s in values["sources"])]:
+            for name, before in since.items():
+                if table[name] == before:
+                    del table[name]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def shards_of(self, source: str, split: str) -> list[ShardEntry]:
         return [s for s in self.shards if s.source == source and s.split == split]
@@ -111,13 +128,17 @@ class Manifest:
                 f"{path} is not valid JSON ({error}); delete it and run the build again"
             ) from error
         seen = (values.get("format"), values.get("version")) if isinstance(values, dict) else None
-        if seen != (FORMAT, VERSION):
+        if seen is None or seen[0] != FORMAT or seen[1] not in READABLE:
             raise InputError(
-                f"{path} has format and version {seen}; this program reads {(FORMAT, VERSION)}: "
-                "build the folder again, or use the version of the program that wrote it"
+                f"{path} has format and version {seen}; this program reads {FORMAT!r} of versions "
+                f"{READABLE}: build the folder again, or use the version of the program that wrote "
+                "it"
             )
         del values["format"], values["version"]
-        values["sources"] = tuple(SourceEntry(**entry) for entry in values["sources"])
+        values["sources"] = tuple(
+            SourceEntry(**entry | {"classes": tuple(entry.get("classes", ()))})
+            for entry in values["sources"]
+        )
         values["shards"] = tuple(ShardEntry(**entry) for entry in values["shards"])
         return cls(**values)
 

@@ -18,9 +18,8 @@ import numpy as np
 
 from tokenizer.cli import InputError
 from visual_sentences.manifest import Manifest
-from visual_sentences.sampler import Integers, key_of, mix, permute
-
-BLOCK = 4096  # samples computed at once, so that a caller may ask for any number
+from visual_sentences.sampler import Integers, mix, permute
+from visual_sentences.seeds import seeded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +49,8 @@ class Mixture:
         self._counts = np.array(quotas, np.int64)
         self._edges = np.cumsum(self._counts)
         self._rows = np.array([share.rows for share in shares], np.int64)
-        self._slot_key = np.uint64(key_of(seed, "slots"))
-        self._row_keys = np.array([key_of(seed, "rows", s.name) for s in shares], np.uint64)
+        self._slot_key = np.uint64(seeded(seed, "slots"))
+        self._row_keys = np.array([seeded(seed, "rows", s.name) for s in shares], np.uint64)
 
     @classmethod
     def of(
@@ -59,7 +58,7 @@ class Mixture:
     ) -> Self:
         """Mix the sources of a manifest by its weights and repeats.
 
-        `mix` replaces those by weights of the sources it names and leaves the others out.
+        `mix`, where it names any, replaces those by weights and leaves all other sources out.
         """
         rows = manifest.rows(split)
         if not sum(rows.values()):
@@ -67,7 +66,7 @@ class Mixture:
                 f'there are no rows of split "{split}"; this data has '
                 f"{', '.join(manifest.splits) or 'none at all'}"
             )
-        if mix is None:
+        if not mix:
             shares = [
                 Share(name=s.name, rows=rows[s.name], weight=s.weight, repeat=s.repeat)
                 for s in manifest.sources

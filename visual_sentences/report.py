@@ -6,11 +6,11 @@ from pathlib import Path
 
 from tokenizer.cli import CommandError, Progress
 from tokenizer.files import sha256_file
+from visual_sentences.image_shards import open_images
 from visual_sentences.manifest import Manifest
-from visual_sentences.plan import Plan
-from visual_sentences.shards import code_type, open_shard
+from visual_sentences.shards import open_shard
 
-SHOWN = 5  # names for each reason; unusable.tsv has all of them
+SHOWN, LONGEST = 5, 80  # names for each reason, their letters; unusable.tsv has all of them
 
 Log = Callable[[str], None]
 
@@ -19,33 +19,10 @@ def describe_unusable(entries: Iterable[tuple[str, str, str]], *, log: Log) -> N
     """Name the files (source, reason, key) that cannot be used, the first few of each reason."""
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for source, reason, key in entries:
-        groups[source, reason].append(key)
+        groups[source, reason].append(key if len(key) <= LONGEST else f"{key[:LONGEST]}…")
     for (source, reason), keys in groups.items():
         more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
         log(f"{source}: {reason}: {', '.join(keys[:SHOWN])}{more}")
-
-
-def describe_plan(plan: Plan, *, log: Log) -> None:
-    """Say what a build would make; rows are not known before the images were read."""
-    lines = [("source", "split", "kind", "items", "images", "units")]
-    for source in plan.spec.sources:
-        for split in ("train", *source.splits):
-            units = [u for u in plan.units if (u.source.name, u.split) == (source.name, split)]
-            items, images = sum(len(u.items) for u in units), sum(u.images for u in units)
-            lines.append(
-                (source.name, split, source.kind, str(items), str(images), str(len(units)))
-            )
-    log(_align(lines))
-    codes = sum(
-        unit.images * (len(unit.source.stride) if unit.source.kind == "video" else 1)
-        for unit in plan.units
-    )
-    size = codes * plan.job.codes_per_image * code_type(plan.job.codebook_size).itemsize
-    log(
-        f"rows of {plan.row_len} codes = {plan.job.images_per_row} images of "
-        f"{plan.job.codes_per_image}; at most {size / 2**20:.1f} MiB of codes in {plan.job.out}; "
-        "nothing was written"
-    )
 
 
 def table(manifest: Manifest) -> str:
@@ -57,18 +34,17 @@ def table(manifest: Manifest) -> str:
         shards = [shard for shard in manifest.shards if shard.source == source.name]
         rows, images = sum(s.rows for s in shards), sum(s.images for s in shards)
         documents = sum(s.documents for s in shards)
-        places = rows * manifest.images_per_row
+        places = rows * manifest.images_per_row if manifest.form == "codes" else images
         waste = f"{1 - images / places:.1%}" if places else "-"
         numbers = (source.inputs, source.good, sum(source.bad.values()), documents, images, rows)
         lines.append((source.name, source.kind, *map(str, numbers), waste))
     reasons = [f"{s.name}: {_reasons(s.bad)}" for s in manifest.sources if s.bad]
     splits = [f"{split} {sum(manifest.rows(split).values())}" for split in manifest.splits]
     rows = sum(s.rows for s in manifest.shards)
-    total = (
-        f"{rows} rows ({', '.join(splits)}), {rows * manifest.row_len:,} tokens, "
-        f"{sum(s.bytes for s in manifest.shards) / 2**20:.1f} MiB"
-    )
-    return "\n".join([_align(lines), *(f"bad in {reason}" for reason in reasons), total])
+    tokens = f", {rows * manifest.row_len:,} tokens" if manifest.form == "codes" else ""
+    size = sum(s.bytes for s in manifest.shards) / 2**20
+    total = f"{rows} rows ({', '.join(splits)}){tokens}, {size:.1f} MiB"
+    return "\n".join([align(lines), *(f"bad in {reason}" for reason in reasons), total])
 
 
 def verify(folder: Path, manifest: Manifest, *, log: Log) -> None:
@@ -82,7 +58,7 @@ def verify(folder: Path, manifest: Manifest, *, log: Log) -> None:
                 wrong.append(f"{path}: wrong size")
             elif sha256_file(path) != entry.sha256:
                 wrong.append(f"{path}: wrong content (sha256)")
-            elif open_shard(path).tokens.shape != (entry.rows, manifest.row_len):
+            elif _shape(path, manifest) != (entry.rows, manifest.row_len):
                 wrong.append(f"{path}: wrong shape")
             progress.update(entry.bytes)
     if wrong:
@@ -93,11 +69,19 @@ def verify(folder: Path, manifest: Manifest, *, log: Log) -> None:
     log(f"{len(manifest.shards)} shards are as the manifest says")
 
 
+def _shape(path: Path, manifest: Manifest) -> tuple[int, int]:
+    if manifest.form == "images":
+        return open_images(path).rows, manifest.row_len
+    rows, row_len = open_shard(path).tokens.shape
+    return rows, row_len
+
+
 def _reasons(bad: Mapping[str, int]) -> str:
     return ", ".join(f"{reason} {count}" for reason, count in Counter(bad).most_common())
 
 
-def _align(lines: Sequence[Sequence[str]]) -> str:
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """Write a table as text; numbers stand on the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(

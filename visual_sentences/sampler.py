@@ -5,7 +5,6 @@ A balanced Feistel network permutes [0, 4^h) for the smallest h with 4^h ≥ n; 
 which leaves a permutation of [0, n). Memory does not depend on n.
 """
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,6 @@ import numpy as np
 ROUNDS = 6  # lag-1 correlation and shard mixing are then those of a true permutation
 
 Integers = np.ndarray[Any, np.dtype[Any]]
-
-
-def key_of(*parts: int | str) -> int:
-    """Return 64 bits for a family of shuffles, such as (seed, "source", name)."""
-    text = "\0".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def mix(values: Integers) -> Integers:
@@ -53,7 +46,10 @@ def _half_bits(n: Integers) -> Integers:
     """Return the smallest h with 4^h ≥ n."""
     bits = np.zeros(n.shape, np.uint64)
     for h in range(32):
-        bits += (n > np.uint64(4**h)).astype(np.uint64)
+        larger = n > np.uint64(4**h)
+        if not larger.any():
+            break
+        bits += larger
     return bits
 
 

@@ -1,31 +1,76 @@
-"""What a visual sentence is, and how sentences fill rows.
+"""From what is found to what a model reads: items, samples of pictures, sentences, rows.
+
+    Item      what a source holds: an image, a pair, a clip        by listing
+    Sample    its pictures in one pass, drawn by seed              used or dropped as a whole
+    Sentence  pictures that are read as one document               by the layout of the kind
+    row       sentences, first fit
 
 The geometry is always (codes_per_image, row_len), from the tokenizer and the spec: a row holds
 row_len / codes_per_image images. A sentence is never split over rows.
 """
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+EDIT = "|"  # stands in a key between the name of a file and what was done to its pixels
+
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """The smallest thing that is used or dropped as a whole: an image, a pair, frames of a clip.
+class Picture:
+    """One image that is encoded: where its pixels come from, and what is done to them.
 
-    `stem` names it for the split and for randomness; `keys` are its images in order.
+    name  "3/17.jpg", "depth/0001.png" (the role in front where a source has several),
+          "0017.tar/0001.jpg", "walk.mp4#000123"
+    edit  "" or words that `edits` reads: "crop 0.1 0.2 0.7 0.7 flip", "gray", "hole 12 40 88"
+    """
+
+    name: str
+    edit: str = ""
+
+    @property
+    def key(self) -> str:
+        """How the shard names it: all that is needed to make it again."""
+        return f"{self.name}{EDIT}{self.edit}" if self.edit else self.name
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """The smallest thing that a source holds as a whole.
+
+    `stem` names it for the split and for all randomness; `names` are its files, of a clip all
+    frames or the one file of video, role by role where there are several roles; `group` is its
+    class or style.
     """
 
     stem: str
-    keys: tuple[str, ...]
+    names: tuple[str, ...]
+    group: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The pictures of an item in one pass: `number` counts its passes, from 0.
+
+    `width` pictures belong together wherever they stand: 2 for frames with one annotation each.
+    `form` is what a kind with several layouts draws this pass for.
+    """
+
+    stem: str
+    pictures: tuple[Picture, ...]
+    group: str = ""
+    number: int = 0
+    width: int = 1
+    form: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Sentence:
-    """1 to `images_per_row` images that are read as one document; `keys` name them in order."""
+    """1 to `images_per_row` pictures that are read as one document."""
 
-    keys: tuple[str, ...]
+    pictures: tuple[Picture, ...]
 
 
 def fill_rows(sentences: Sequence[Sentence], *, images_per_row: int) -> list[list[Sentence]]:
@@ -37,31 +82,31 @@ def fill_rows(sentences: Sequence[Sentence], *, images_per_row: int) -> list[lis
         row 1   b b d d
     """
     rows: list[list[Sentence]] = []
-    room: list[tuple[int, int]] = []  # (row, free images) of the rows that are not full, ascending
+    free: list[list[int]] = [[] for _ in range(images_per_row + 1)]  # rows by room left, as heaps
     for sentence in sentences:
-        need = len(sentence.keys)
+        need = len(sentence.pictures)
         assert 1 <= need <= images_per_row, f"a sentence of {need} images, rows of {images_per_row}"
-        for i, (row, free) in enumerate(room):
-            if free >= need:
-                rows[row].append(sentence)
-                if free > need:
-                    room[i] = (row, free - need)
-                else:
-                    del room[i]
-                break
+        with_room = [
+            (free[left][0], left) for left in range(need, images_per_row + 1) if free[left]
+        ]
+        if with_room:
+            row, left = min(with_room)
+            heapq.heappop(free[left])
+            rows[row].append(sentence)
         else:
+            row, left = len(rows), images_per_row
             rows.append([sentence])
-            if need < images_per_row:
-                room.append((len(rows) - 1, images_per_row - need))
+        if left > need:
+            heapq.heappush(free[left - need], row)
     return rows
 
 
 def row_indices(
-    rows: Sequence[Sequence[Sentence]], place: dict[str, int], *, images_per_row: int
+    rows: Sequence[Sequence[Sentence]], place: Mapping[Picture, int], *, images_per_row: int
 ) -> np.ndarray:
     """Return int64 [rows, images_per_row]: which encoded image stands where, -1 where none does."""
     table = np.full((len(rows), images_per_row), -1, np.int64)
     for row, sentences in enumerate(rows):
-        found = [place[key] for sentence in sentences for key in sentence.keys]
+        found = [place[picture] for sentence in sentences for picture in sentence.pictures]
         table[row, : len(found)] = found
     return table

@@ -12,8 +12,6 @@ The schema's metadata says what the codes are: format and version, source, kind,
 encoder (precision and device), geometry, preprocessing.
 """
 
-import hashlib
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from tokenizer.cli import CommandError
-from tokenizer.files import atomic_write
+from visual_sentences.arrow import Written, encode, open_batch, store
 
 FORMAT, VERSION = "visual-sentences-shard", 1
 WIDE = 65_536  # codebooks above this need uint32
@@ -32,16 +29,6 @@ WIDE = 65_536  # codebooks above this need uint32
 def code_type(codes: int) -> np.dtype[Any]:
     """Return the smallest type of the format that holds codes 0 … codes-1."""
     return np.dtype(np.uint16 if codes <= WIDE else np.uint32)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """Facts of a finished shard for the manifest; `offset` is where its tokens start, in bytes."""
-
-    rows: int
-    bytes: int
-    sha256: str
-    offset: int
 
 
 def write_shard(
@@ -61,22 +48,10 @@ def write_shard(
         "length": pa.array(length, pa.int32()),
         "keys": pa.array(keys, pa.list_(pa.string())),
     }
-    notes = {"format": FORMAT, "version": VERSION, **metadata}
-    schema = pa.schema(
-        [pa.field(name, column.type, nullable=False) for name, column in columns.items()],
-        metadata={name: str(value) for name, value in notes.items()},
-    )
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(pa.record_batch(list(columns.values()), schema=schema))
-    content = sink.getvalue()
+    content = encode(columns, {"format": FORMAT, "version": VERSION, **metadata})
     stored = pa.ipc.open_file(content).get_batch(0).column("tokens").flatten()
     offset = stored.buffers()[1].address - content.address
-    with atomic_write(path) as file:
-        file.write(content)
-    return Written(
-        rows=rows, bytes=content.size, sha256=hashlib.sha256(content).hexdigest(), offset=offset
-    )
+    return store(path, content, rows=rows, offset=offset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,28 +84,7 @@ def open_shard(path: Path | str, *, random: bool = False) -> Shard:
 
     `random` tells the kernel not to read ahead, which makes cold random rows about 5 times faster.
     """
-    try:
-        with open(path, "rb") as file:
-            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        if random and hasattr(mmap, "MADV_RANDOM"):
-            view.madvise(mmap.MADV_RANDOM)
-        reader = pa.ipc.open_file(pa.py_buffer(view))
-        notes = {k.decode(): v.decode() for k, v in (reader.schema.metadata or {}).items()}
-        if notes.get("format") != FORMAT:
-            raise CommandError(f"{path} is an Arrow file, but not a shard of visual sentences")
-        if notes["version"] != str(VERSION):
-            raise CommandError(
-                f"{path} has shard version {notes['version']}; this program reads version {VERSION}"
-            )
-        batch = reader.get_batch(0)
-    except FileNotFoundError as error:
-        raise CommandError(
-            f"the shard {path} is missing; run its build again, which makes what is not there"
-        ) from error
-    except (pa.ArrowInvalid, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise CommandError(
-            f"the shard {path} is damaged ({error}); delete it and run its build again"
-        ) from error
+    batch, notes = open_batch(path, format=FORMAT, version=VERSION, random=random)
     docs = batch.column("docs")
     row_len = batch.schema.field("tokens").type.list_size
     return Shard(

@@ -1,69 +1,95 @@
-"""What is in the folders of a source: which images, pairs and clips, and what cannot be used."""
+"""What a source holds: which images, pairs and clips, and what cannot be used.
 
-import hashlib
+A folder or a list is listed as a whole when a build is planned. Tars and Parquet files are listed
+one by one, each by the worker that encodes it, so that their number has no bound. Parts of several
+roles belong together where their ids are equal.
+"""
+
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from tokenizer.cli import InputError
-from tokenizer.images import list_images
-from visual_sentences.layouts import SHORTEST_CLIP, seeded
-from visual_sentences.sentence import Sample
-from visual_sentences.spec import Source
+from tokenizer.images import natural_key
+from visual_sentences.containers import contents, is_clip, parts
+from visual_sentences.containers.origin import Contents, Entry, Part
+from visual_sentences.layouts import SHORTEST_CLIP
+from visual_sentences.seeds import seeded
+from visual_sentences.sentence import Item
+from visual_sentences.spec import CLIPS, Source
+
+Bad = tuple[str, str]  # name, reason
+Parts = Mapping[str, Part]  # one a role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """The items of a source in seeded order, and the images that no item can use.
+    """The items of one set of parts, and the files that no item can use.
 
-    `inputs` counts image files, `bad` has a key and a reason for each unusable one.
+    `inputs` counts files, `order` has the place of each name where the parts are stored.
     """
 
-    items: Sequence[Sample]
+    items: Sequence[Item]
     inputs: int
-    bad: Sequence[tuple[str, str]]
-
-    def digest(self) -> str:
-        """Return what changes when a file is added, taken away or renamed."""
-        names = hashlib.sha256()
-        for item in self.items:
-            names.update(
-                "\0".join((item.stem, *item.keys, "\n")).encode("utf-8", "surrogateescape")
-            )
-        for key, reason in self.bad:
-            names.update(f"{key}\0{reason}\n".encode("utf-8", "surrogateescape"))
-        return names.hexdigest()
+    bad: Sequence[Bad]
+    order: Mapping[str, int]
 
 
-def list_source(source: Source, *, seed: int) -> Listing:
-    """List a source; raises InputError where a folder has no image in it.
+def is_streamed(source: Source) -> bool:
+    """Say whether workers list the parts; raises InputError where roles are stored differently."""
+    ways = {origin.kind in ("tar", "parquet") for origin in source.origins.values()}
+    if len(ways) > 1:
+        raise InputError(
+            f'source "{source.name}": some of its paths are folders or lists, others tars or '
+            "Parquet files, whose images cannot be matched; wanted the same for all of them"
+        )
+    return ways.pop()
 
-    The seeded order depends on the seed and each item's name alone, so that an item which is added
-    moves no other relative to its neighbours.
-    """
-    found = {role: _relative_names(folder) for role, folder in source.folders.items()}
-    for role, names in found.items():
-        if not names:
-            raise InputError(
-                f'source "{source.name}": there is no image file in {role} = '
-                f"{source.folders[role]}; wanted .jpg, .png, .webp, … in it or below it"
-            )
-    if source.kind == "pair":
-        items, bad = _pairs(found)
-    elif source.kind == "video":
-        items, bad = _clips(found["path"])
+
+def part_sets(source: Source) -> tuple[list[Parts], list[Bad]]:
+    """Return the parts that belong together, in natural order, and those that are alone."""
+    found = {role: parts(origin) for role, origin in source.origins.items()}
+    if not is_streamed(source):
+        return [{role: listed[0] for role, listed in found.items()}], []
+    by_id = {role: {part.id: part for part in listed} for role, listed in found.items()}
+    first = next(iter(by_id.values()))
+    whole = [id for id in first if all(id in ids for ids in by_id.values())]
+    sets: list[Parts] = [{role: ids[id] for role, ids in by_id.items()} for id in whole]
+    alone = [
+        (_named(source, role, part.name), f"no part of this name in {other}")
+        for role, ids in by_id.items()
+        for id, part in ids.items()
+        for other in [next((r for r, theirs in by_id.items() if id not in theirs), None)]
+        if other is not None
+    ]
+    return sets, alone
+
+
+def list_items(source: Source, together: Parts) -> Listing:
+    """List one set of parts. Items come in seeded order later; here they are as stored."""
+    clips = source.kind in CLIPS
+    found = {role: contents(part, clips=clips) for role, part in together.items()}
+    bad = [(_named(source, role, name), why) for role, c in found.items() for name, why in c.bad]
+    entries = {role: _with_role(source, role, c) for role, c in found.items()}
+    if clips:
+        items, unmatched = _clips(entries)
+    elif len(entries) > 1:
+        items, unmatched = _matched(entries)
     else:
-        items, bad = [Sample(_stem(name), (name,)) for name in found["path"]], []
-    items.sort(key=lambda item: (seeded(seed, source.name, item.stem), item.keys))
-    return Listing(items=items, inputs=sum(map(len, found.values())), bad=bad)
+        only = next(iter(entries.values()))
+        items, unmatched = [Item(e.stem, (e.name,), e.group) for e in only], []
+    names = [entry.name for listed in entries.values() for entry in listed]
+    return Listing(
+        items=items,
+        inputs=len(names) + len(bad),
+        bad=[*bad, *unmatched],
+        order={name: place for place, name in enumerate(names)},
+    )
 
 
-def path_of(source: Source, key: str) -> Path:
-    """Return the file that a key of `source` names."""
-    if source.kind == "pair":
-        role, _, name = key.partition("/")
-        return source.folders[role] / name
-    return source.folders["path"] / key
+def in_seeded_order(items: Sequence[Item], *, source: Source, seed: int) -> list[Item]:
+    """Sort by what depends on the seed and an item alone: one more item moves no other."""
+    return sorted(items, key=lambda item: (seeded(seed, source.name, item.stem), item.names))
 
 
 def split_of(stem: str, splits: Mapping[str, float]) -> str:
@@ -76,41 +102,108 @@ def split_of(stem: str, splits: Mapping[str, float]) -> str:
     return "train"
 
 
-def _relative_names(folder: Path) -> list[str]:
-    cut = len(str(folder)) + 1
-    return [str(path)[cut:] for path in list_images(folder)]
+def role_of(source: Source, name: str) -> tuple[str, str]:
+    """Return the role that a name of `source` belongs to, and the name in its part."""
+    if len(source.origins) == 1:
+        return next(iter(source.origins)), name
+    role, _, rest = name.partition("/")
+    return role, rest
 
 
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0]
+def _named(source: Source, role: str, name: str) -> str:
+    return name if len(source.origins) == 1 else f"{role}/{name}"
 
 
-def _pairs(found: Mapping[str, list[str]]) -> tuple[list[Sample], list[tuple[str, str]]]:
-    """Match inputs and targets by relative path without suffix; keys carry the role in front."""
-    bad = []
-    keys: dict[str, dict[str, str]] = {role: {} for role in found}
-    for role, names in found.items():
-        for name in names:
-            if _stem(name) in keys[role]:
-                bad.append((f"{role}/{name}", "same name twice"))
+def _with_role(source: Source, role: str, found: Contents) -> Sequence[Entry]:
+    if len(source.origins) == 1:
+        return found.entries
+    return [Entry(f"{role}/{e.name}", e.stem, e.group) for e in found.entries]
+
+
+def _matched(found: Mapping[str, Sequence[Entry]]) -> tuple[list[Item], list[Bad]]:
+    """Join the entries of equal stems, one of each role; the group is that of the first role."""
+    bad: list[Bad] = []
+    by_stem: dict[str, dict[str, Entry]] = {}
+    for role, entries in found.items():
+        by_stem[role] = {}
+        for entry in entries:
+            if entry.stem in by_stem[role]:
+                bad.append((entry.name, "same name twice"))
             else:
-                keys[role][_stem(name)] = f"{role}/{name}"
-    inputs, targets = keys["inputs"], keys["targets"]
-    bad += [(key, "missing target") for stem, key in inputs.items() if stem not in targets]
-    bad += [(key, "missing input") for stem, key in targets.items() if stem not in inputs]
-    both = [Sample(stem, (key, targets[stem])) for stem, key in inputs.items() if stem in targets]
-    return both, bad
-
-
-def _clips(names: list[str]) -> tuple[list[Sample], list[tuple[str, str]]]:
-    """Make one clip of every folder that has images directly in it, frames in natural order."""
-    clips: dict[str, list[str]] = {}
-    for name in names:
-        clips.setdefault(name.rpartition("/")[0] or ".", []).append(name)
-    bad = [(f, "clip too short") for frames in clips.values() for f in _too_short(frames)]
-    items = [Sample(clip, tuple(f)) for clip, f in clips.items() if not _too_short(f)]
+                by_stem[role][entry.stem] = entry
+    items = []
+    for role, entries_of in by_stem.items():
+        for stem, entry in entries_of.items():
+            missing = next((other for other in by_stem if stem not in by_stem[other]), None)
+            if missing is not None:
+                bad.append((entry.name, f"missing {_one(missing)}"))
+            elif role == next(iter(by_stem)):
+                names = tuple(by_stem[r][stem].name for r in by_stem)
+                items.append(Item(stem, names, entry.group))
     return items, bad
 
 
-def _too_short(frames: list[str]) -> list[str]:
-    return frames if len(frames) < SHORTEST_CLIP else []
+def _one(role: str) -> str:
+    return {"inputs": "input", "targets": "target", "frames": "frame"}.get(role, role)
+
+
+def _clips(found: Mapping[str, Sequence[Entry]]) -> tuple[list[Item], list[Bad]]:
+    """Join frames to clips, and clips of equal names of all roles.
+
+    A clip is a file of video, or the images directly in one folder, or the images of one WebDataset
+    sample; frames are in natural order, and one that some role has not got is not used.
+    """
+    bad: list[Bad] = []
+    by_clip = {
+        role: _frames(entries, bad, alone=len(found) == 1) for role, entries in found.items()
+    }
+    items = []
+    for clip in dict.fromkeys(clip for clips in by_clip.values() for clip in clips):
+        frames = {role: clips.get(clip, {}) for role, clips in by_clip.items()}
+        shared = set.intersection(*(set(of_role) for of_role in frames.values()))
+        stem, video = clip
+        enough = bool(video) or len(shared) >= SHORTEST_CLIP
+        for of_role in frames.values():
+            for frame, name in of_role.items():
+                missing = next((_one(r) for r, other in frames.items() if frame not in other), "")
+                if missing:
+                    bad.append((name, f"missing {missing}"))
+                elif not enough:
+                    bad.append((name, "clip too short"))
+        if shared and enough:
+            names = tuple(n for f in frames.values() for frame, n in f.items() if frame in shared)
+            items.append(Item(stem, names))
+    return items, bad
+
+
+def _frames(
+    entries: Sequence[Entry], bad: list[Bad], *, alone: bool
+) -> dict[tuple[str, str], dict[str, str]]:
+    """Return the names of each clip's frames by what tells them apart, in natural order.
+
+    Clips are known by their stem, and files of video by something else besides: their name where no
+    other role has to have them too.
+    """
+    times = Counter(entry.stem for entry in entries)
+    clips: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for entry in entries:
+        folder, _, frame = entry.stem.rpartition("/")
+        clip = folder or ".", ""
+        if is_clip(entry.name):
+            clip, frame = (entry.stem, entry.name if alone else "video"), ""
+        elif times[entry.stem] > 1 and _numbered(entry):
+            clip, frame = (entry.stem, ""), _numbered(entry)
+        if frame in clips[clip]:
+            bad.append((entry.name, "same name twice"))
+        else:
+            clips[clip][frame] = entry.name
+    return {
+        clip: dict(sorted(frames.items(), key=lambda frame: natural_key(frame[0])))
+        for clip, frames in clips.items()
+    }
+
+
+def _numbered(entry: Entry) -> str:
+    """Return what numbers a frame in a WebDataset sample, 0003 of walk.0003.jpg, else nothing."""
+    last, end = entry.name.rpartition("/")[2], entry.stem.rpartition("/")[2]
+    return last.removeprefix(f"{end}.").rpartition(".")[0]

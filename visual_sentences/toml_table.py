@@ -1,8 +1,8 @@
 """A TOML table whose values are asked for by key, type and range; each refusal is an InputError."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from tokenizer.cli import InputError
@@ -38,15 +38,8 @@ class Table:
             raise self._wrong(key, "a text in quotes")
         return value
 
-    def choice(
-        self, key: str, wanted: tuple[str, ...], *, later: tuple[str, ...] = (), **options: bool
-    ) -> Any:
-        value = self.text(key, **options)
-        if value in later:
-            raise InputError(
-                f'{self.where}: {key} = "{value}" is not available yet: wanted one of '
-                f"{', '.join(wanted)}"
-            )
+    def choice(self, key: str, wanted: tuple[str, ...], *, required: bool = False) -> Any:
+        value = self.text(key, required=required)
         if value and value not in wanted:
             near = difflib.get_close_matches(value, wanted, n=1)
             hint = f'; did you mean "{near[0]}"?' if near else ""
@@ -100,15 +93,17 @@ class Table:
             raise self._wrong(key, 'shares with a sum below 1, so that "train" has some')
         return {name: float(share) for name, share in value.items()}
 
-    def folder(self, key: str, *, base: Path) -> Path:
-        written = self.text(key, required=True)
-        folder = base / Path(written).expanduser()
-        if not folder.is_dir():
-            what = "is a file" if folder.exists() else "does not exist"
-            raise InputError(
-                f"{self.where}: {key} = {written!r}: {folder} {what}; wanted a folder of images"
-            )
-        return folder
+    def texts(self, key: str, *, besides: str) -> dict[str, str]:
+        """Return a table of names and texts; the names become parts of keys."""
+        value = self._get(key, required=True)
+        wanted = f'a table of names and paths, such as {{depth = "depth"}}; no name is "{besides}"'
+        if not isinstance(value, dict) or not value or besides in value:
+            raise self._wrong(key, wanted)
+        if not all(re.fullmatch(r"\w+", name) for name in value):
+            raise self._wrong(key, "names of letters, digits and _")
+        if not all(isinstance(text, str) and text for text in value.values()):
+            raise self._wrong(key, wanted)
+        return dict(value)
 
     def _get(self, key: str, required: bool = False) -> Any:
         if required and key not in self.values:

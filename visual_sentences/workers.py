@@ -4,49 +4,78 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
+from typing import Any
 
 import torch
 
 import tokenizer
 from tokenizer.cli import CommandError
 from tokenizer.encode import BulkEncoder
-from visual_sentences.unit import Job, Result, Unit, run_unit
+from visual_sentences.job import Job
+from visual_sentences.plan import Unit
+from visual_sentences.unit import Result, run_unit
+
+LOSSES = 3  # times that the pool may break in a row without a unit being finished
+
+Done = tuple[Unit, Result]
 
 
-def in_process(job: Job, units: Sequence[Unit]) -> Iterator[tuple[Unit, Result]]:
+def in_process(job: Job, units: Sequence[Unit]) -> Iterator[Done]:
     """Yield results in order, with one torch thread as in a worker, so that the bytes are equal."""
     threads = torch.get_num_threads()
     try:
         worker = Worker(job)
         for unit in units:
-            yield unit, run_unit(unit, job=job, encoder=worker.encoder)
+            yield unit, worker.run(unit)
     finally:
         torch.set_num_threads(threads)
 
 
-def in_pool(job: Job, units: Sequence[Unit], *, workers: int) -> Iterator[tuple[Unit, Result]]:
+def in_pool(
+    job: Job, units: Sequence[Unit], *, workers: int, log: Callable[[str], None]
+) -> Iterator[Done]:
+    """Yield results as they come. A killed worker takes its pool along; another goes on.
+
+    Raises CommandError when workers are killed again and again and nothing is finished.
+    """
+    left = {unit.name: unit for unit in units}
+    losses = 0
+    while left:
+        try:
+            for unit, result in _in_one_pool(job, list(left.values()), workers=workers):
+                del left[unit.name]
+                losses = 0
+                yield unit, result
+        except BrokenProcessPool as error:
+            losses += 1
+            if losses == LOSSES:
+                raise CommandError(
+                    f"a worker process was killed {LOSSES} times before anything was finished, "
+                    "often for want of memory; the same command goes on from what is finished, "
+                    "with fewer --workers or a smaller --batch"
+                ) from error
+            log("a worker process was killed; what it was at is done again")
+
+
+def _in_one_pool(job: Job, units: Sequence[Unit], *, workers: int) -> Iterator[Done]:
     """Yield results as they come; when anything goes wrong the workers are ended at once."""
     others = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")  # fork would copy torch's threads badly
     pool = ProcessPoolExecutor(
         min(workers, len(units)),
-        mp_context=multiprocessing.get_context("spawn"),  # fork would copy torch's threads badly
+        mp_context=context,
         initializer=Worker.start,
-        initargs=(job,),
+        initargs=(job, context.Value("i", 0)),
     )
     try:
-        futures = {pool.submit(Worker.run, unit): unit for unit in units}
+        futures = {pool.submit(Worker.run_here, unit): unit for unit in units}
         for future in as_completed(futures):
             yield futures[future], future.result()
         pool.shutdown()
-    except BrokenProcessPool as error:
-        raise CommandError(
-            "a worker process was killed, often for want of memory; the same command goes on from "
-            "what is finished, with fewer --workers or a smaller --batch if it happens again"
-        ) from error
     finally:
         for child in set(multiprocessing.active_children()) - others:
             child.kill()
@@ -61,31 +90,47 @@ def cores() -> int:
 
 
 class Worker:
-    """A process that runs units: one torch thread, its own encoder, gone when its parent is."""
+    """A process that runs units: one torch thread, its own encoder, gone when its parent is.
+
+    `number` chooses the GPU where there are several.
+    """
 
     current: "Worker | None" = None
+    prepared: tuple[Job, int] | None = None
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, *, number: int = 0) -> None:
         torch.set_num_threads(1)  # the bits of a sum may depend on how many threads shared it
         self.job = job
-        self.encoder = BulkEncoder(
-            tokenizer.load(job.tokenizer),
-            device=job.device,
-            precision=job.precision,
-            batch=job.batch,
-        )
+        self.encoder: BulkEncoder | None = None
+        if job.form == "codes":
+            several = job.device == "cuda" and torch.cuda.device_count() > 1
+            self.encoder = BulkEncoder(
+                tokenizer.load(job.tokenizer),
+                device=f"cuda:{number % torch.cuda.device_count()}" if several else job.device,
+                precision=job.precision,
+                batch=job.batch,
+            )
+
+    def run(self, unit: Unit) -> Result:
+        return run_unit(unit, job=self.job, encoder=self.encoder)
 
     @classmethod
-    def start(cls, job: Job) -> None:
-        """Prepare this process; the pool calls it once in each."""
+    def start(cls, job: Job, count: Any) -> None:
+        """Prepare this process; the pool calls it once in each. `count` counts the processes."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to handle
         threading.Thread(target=_die_with_parent, daemon=True).start()
-        cls.current = cls(job)
+        with count.get_lock():
+            number = count.value
+            count.value += 1
+        cls.prepared = (job, number)
 
     @classmethod
-    def run(cls, unit: Unit) -> Result:
-        assert cls.current is not None, "the pool calls start first"
-        return run_unit(unit, job=cls.current.job, encoder=cls.current.encoder)
+    def run_here(cls, unit: Unit) -> Result:
+        if cls.current is None:  # not in `start`, whose errors would look like a killed process
+            assert cls.prepared is not None, "the pool calls start first"
+            job, number = cls.prepared
+            cls.current = cls(job, number=number)
+        return cls.current.run(unit)
 
 
 def _die_with_parent() -> None:

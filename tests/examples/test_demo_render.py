@@ -142,8 +142,8 @@ def test_the_mix_names_folders_that_exist_and_the_build_reads_it(
     assert {s["kind"] for s in raw["source"]} == {"pair", "video", "image"}
     assert abs(sum(s["weight"] for s in raw["source"]) - 1.0) < 1e-4  # written to six places
     for source in load_spec(path).sources:
-        for folder in source.folders.values():
-            assert list_images(folder)
+        for origin in source.origins.values():
+            assert list_images(origin.path)
 
 
 @needs_photos

@@ -33,7 +33,7 @@ def test_expected_errors_are_one_line_and_an_exit_code(error, code: int, capsys)
 
 def test_defects_of_ours_keep_their_traceback() -> None:
     with pytest.raises(OSError):
-        guarded(raiser(OSError(errno.EIO, "broken")), prog="cmd")
+        guarded(raiser(OSError(errno.EBADF, "broken")), prog="cmd")
     with pytest.raises(ZeroDivisionError):
         guarded(raiser(ZeroDivisionError()), prog="cmd")
 

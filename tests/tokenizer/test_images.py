@@ -3,14 +3,26 @@
 import io
 import pickle
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from tokenizer.images import BadImage, encode_image, grid, list_images, read_image, save_image
+from tokenizer.images import (
+    BadImage,
+    encode_image,
+    fit,
+    grid,
+    list_images,
+    natural_key,
+    open_image,
+    read_image,
+    save_image,
+)
 
 
 def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -239,3 +251,54 @@ def test_grid_lays_images_out_row_by_row(tmp_path: Path) -> None:
     assert (sheet[10:, 10:] == 255).all()
     save_image(tmp_path / "sheet.png", sheet)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "sheet.png")), sheet)
+
+
+@pytest.mark.parametrize("preprocess", ["squash", "crop"])
+def test_a_part_of_an_image_is_what_its_cut_out_would_be(preprocess) -> None:
+    image = Image.fromarray(noise(60, 100))
+    part = fit(image, size=32, preprocess=preprocess, box=(0.25, 0.5, 0.5, 0.4))
+    alone = image.crop((25, 30, 75, 54))
+    assert np.array_equal(part, fit(alone, size=32, preprocess=preprocess))
+    flipped = fit(image, size=32, preprocess=preprocess, box=(0.25, 0.5, 0.5, 0.4), flip=True)
+    assert np.array_equal(flipped[:, ::-1], part) and flipped.flags.c_contiguous
+
+
+@pytest.mark.parametrize("box", [(0.999, 0.999, 0.001, 0.001), (0, 0, 1, 1), (1, 1, 0, 0)])
+def test_a_part_has_a_pixel_at_least_and_stays_inside(box) -> None:
+    image = Image.fromarray(np.full((3, 5, 3), 200, np.uint8))  # outside would be black
+    assert (fit(image, size=16, preprocess="squash", box=box) == 200).all()
+
+
+def test_an_array_is_an_image_already() -> None:
+    pixels = noise(20, 30)
+    assert np.array_equal(np.asarray(open_image(pixels, size=8)), pixels)
+    for wrong in (pixels[..., :2], pixels[..., 0], pixels / 255, pixels[:0]):
+        with pytest.raises(BadImage, match="unsupported mode"):
+            open_image(wrong, size=8)
+
+
+def test_an_image_keeps_its_shape_but_a_large_jpeg_is_read_smaller() -> None:
+    large = noise(512, 1024)
+    assert open_image(encode_image(large), size=32).size == (1024, 512)
+    small = open_image(encode_image(large, format="JPEG"), size=100)
+    assert small.size == (256, 128)  # the smallest of an eighth to all that is at least 100
+
+
+@pytest.mark.parametrize("format", ["EPS", "PDF", "ICO", "TGA", "SGI", "PCX", "IM"])
+def test_formats_beside_the_listed_ones_are_refused(format: str) -> None:
+    """Pillow hands EPS to Ghostscript, which runs what is written in it."""
+    with pytest.raises(BadImage, match="not an image"):
+        read_image(encoded(Image.fromarray(noise(32, 32)), format), size=32)
+
+
+def test_many_threads_decode_and_leave_warnings_as_they_were() -> None:
+    data = encode_image(noise(64, 64), format="JPEG")
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: read_image(data, size=16), range(200)))
+    assert all(np.array_equal(image, made[0]) for image in made)
+    assert list(warnings.filters) == before
+
+
+def test_natural_order_takes_every_name() -> None:
+    assert sorted(["a10", "a9", "a²1", "", "a٣"], key=natural_key) == ["", "a٣", "a9", "a10", "a²1"]

@@ -96,19 +96,24 @@ def test_another_precision_changes_few_codes_and_is_recorded(command: Build, exa
 
 
 def test_a_build_is_not_resumed_in_another_precision(
-    command: Build, exact: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    exact: Build, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code(replace(exact, precision="fp16")) == 2
     assert "precision: there 'exact', now 'fp16'" in capsys.readouterr().err
     assert exit_code(replace(exact, precision="tf32")) == 2
     assert "precision tf32: only a GPU has it" in capsys.readouterr().err
 
-    older = tmp_path / "out"  # of a time when there was no choice
+
+def test_a_build_of_an_older_version_is_read_but_not_added_to(
+    exact: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = tmp_path / "out"
     shutil.copytree(exact.out, older)
-    plan = json.loads((older / "build.json").read_text())
-    assert plan.pop("precision") == "exact"
-    (older / "build.json").write_text(json.dumps(plan))
-    assert exit_code(replace(exact, out=older)) == 0
+    known = json.loads((older / "build.json").read_text())
+    (older / "build.json").write_text(json.dumps(known | {"version": 1}))
+    assert exit_code(replace(exact, out=older)) == 2
+    assert "version: there 1, now 2" in capsys.readouterr().err
+    assert Manifest.load(older) == Manifest.load(exact.out)
 
 
 def test_sentences_are_what_their_kinds_say(command: Build) -> None:
@@ -280,7 +285,7 @@ def test_verify_finds_a_flipped_bit(
     [
         (("seed = 3", "seed = 4"), "seed: there 3, now 4"),
         (("stride = [1, 2]", "stride = [1]"), "source.clips.stride: there [1, 2], now [1]"),
-        (("repeat = 2\n", ""), "source.depth.repeat: there 2, now nothing"),
+        (('[[source]]\nname = "clips"', '[[source]]\nname = "other"'), "source.clips.kind: there"),
     ],
 )
 def test_another_spec_on_the_same_folder_is_refused(
@@ -326,17 +331,23 @@ def test_a_tokenizer_that_does_not_fit_the_spec_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_files_added_during_an_interrupted_build_are_noticed(
+def test_files_added_during_an_interrupted_build_come_after_it(
     write_images: Callable[..., None], command: Build, data: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "data"
     shutil.copytree(data, root)
     again = replace(command, spec=root / "mix.toml", out=tmp_path / "out")
     build(again, log=quiet)
+    before = content(again.out)
     (again.out / "manifest.json").unlink()
+    (again.out / "depth-train-00001.json").unlink()  # it was interrupted there
     write_images(root / "photos", ["new.jpg"], seed=9)
-    with pytest.raises(InputError, match=r"inputs.photos.files: there 30, now 31"):
-        build(again, log=quiet)
+    manifest = build(again, log=quiet)
+    assert manifest is not None and manifest.sources[0].good == 31
+    after = content(again.out)
+    assert {name: after[name] for name in before if "-" in name} == {
+        name: data for name, data in before.items() if "-" in name
+    }
 
 
 def test_two_builds_do_not_write_one_folder(command: Build, tmp_path: Path) -> None:
@@ -351,14 +362,33 @@ def test_two_builds_do_not_write_one_folder(command: Build, tmp_path: Path) -> N
         os.close(holder)
 
 
-def test_a_dry_run_writes_nothing(
+def test_a_dry_run_tells_what_would_be_made_and_writes_nothing(
     command: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert exit_code(replace(command, out=tmp_path / "out", dry_run=True)) == 0
     printed = capsys.readouterr().out
-    assert "rows of 256 codes = 4 images of 64" in printed
-    assert "depth   train  pair      20      40" in printed
+    lines = {line.split()[0]: line.split() for line in printed.splitlines() if line}
+    assert lines["source"][2:] == ["files", "images", "sentences", "tokens", "share", "time"]
+    # 20 pairs in rows of two; units of two rows hold four pairs, so the estimate is exact.
+    assert lines["depth"][:6] == ["depth", "pair", "40", "40", "10", "2,560"]
+    assert lines["photos"][:3] == ["photos", "image", "30"]
+    assert "nothing was written" in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_a_new_weight_changes_the_manifest_alone(
+    command: Build, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(command.out, out)
+    before = content(out)
+    spec = data / "weighted.toml"
+    spec.write_text(command.spec.read_text().replace("repeat = 2\n", "weight = 0.4\n"))
+    manifest = build(replace(command, spec=spec, out=out), log=quiet)
+    assert manifest is not None and manifest.sources[1].weight == 0.4
+    assert Manifest.load(out) == manifest
+    changed = {name for name, data in content(out).items() if data != before.get(name)}
+    assert changed <= {"manifest.json", "build.json"}
 
 
 BAD_SPEC = """
@@ -446,8 +476,10 @@ def test_an_empty_folder_stops_before_anything_is_written(
     (spoilt / "photos").mkdir()
     command = Build(spec=spoilt / "mix.toml", tokenizer=tok_dir, out=spoilt / "out", workers=1)
     assert exit_code(command) == 2
-    assert 'source "photos": there is no image file' in capsys.readouterr().err
-    assert not (spoilt / "out").exists()
+    message = capsys.readouterr().err
+    assert 'source "photos": there is no file in path = ' in message
+    assert "that could be an image; wanted .jpg" in message
+    assert not list((spoilt / "out").iterdir())
 
 
 @pytest.mark.parametrize(

@@ -1,84 +1,31 @@
-"""Rows for training in the promised order, whatever reads them; rows for evaluation, each once."""
+"""Rows for training in the promised order, whatever reads them."""
 
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 from tokenizer.cli import CommandError, InputError
-from visual_sentences.loader import Loader, check_batch
-from visual_sentences.manifest import Manifest, ShardEntry, SourceEntry
-from visual_sentences.pack import Rows
-from visual_sentences.shards import write_shard
+from visual_sentences.batch import IGNORE
+from visual_sentences.loader import Loader, check_batch, held_out
+from visual_sentences.pack import Rows, pack
+from visual_sentences.reading import Read
+from visual_sentences.vocab import Vocab
 
 ROOT = Path(__file__).parents[2]
-ROW_LEN, CODES = 8, 4  # two images a row
 ROWS = {("a", "train"): 11, ("b", "train"): 5, ("a", "val"): 3, ("b", "val"): 2}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, numbered_rows: Callable[..., Path]) -> Path:
     """Shards of at most 4 rows; the first code of a row is 100 × its source + its number."""
-    shards = []
-    for (source, split), count in ROWS.items():
-        for number, first in enumerate(range(0, count, 4)):
-            rows = min(4, count - first)
-            tokens = np.zeros((rows, ROW_LEN), np.uint16)
-            tokens[:, 0] = 100 * (source == "b") + first + np.arange(rows)
-            name = f"{source}-{split}-{number:05d}.arrow"
-            written = write_shard(
-                tmp_path / name,
-                tokens=tokens,
-                docs=[[0, CODES] if row % 2 else [0] for row in range(rows)],
-                length=np.full(rows, ROW_LEN, np.int32),
-                keys=[[f"{source}{first + row}", "second"] for row in range(rows)],
-                metadata={"tokenizer": "t"},
-            )
-            shards.append(
-                ShardEntry(
-                    name=name,
-                    source=source,
-                    split=split,
-                    rows=rows,
-                    documents=rows + rows // 2,
-                    images=2 * rows,
-                    bytes=written.bytes,
-                    sha256=written.sha256,
-                    offset=written.offset,
-                )
-            )
-    sources = tuple(
-        SourceEntry(
-            name=name,
-            kind="image",
-            weight=None,
-            repeat=repeat,
-            preprocess="squash",
-            license="",
-            note="",
-            inputs=0,
-            good=0,
-            bad={},
-        )
-        for name, repeat in (("a", 1.0), ("b", 2.0))
-    )
-    Manifest(
-        tokenizer="t",
-        codebook_size=256,
-        codes_per_image=CODES,
-        image_size=8,
-        row_len=ROW_LEN,
-        seed=0,
-        sources=sources,
-        shards=tuple(shards),
-    ).save(tmp_path)
-    return tmp_path
+    return numbered_rows(tmp_path, ROWS, repeats={"a": 1.0, "b": 2.0})
 
 
 def steps(loader: Loader, count: int) -> list[Rows]:
@@ -99,35 +46,27 @@ def test_an_epoch_has_every_row_as_often_as_its_source_says(folder: Path) -> Non
 def test_rows_carry_their_documents_lengths_and_sources(folder: Path) -> None:
     rows = steps(Loader(folder, batch_rows=21, seed=1), 1)[0]
     assert rows.tokens.dtype == torch.uint16
-    assert (rows.length == ROW_LEN).all()
-    for number, source, starts in zip(
-        rows.tokens[:, 0].tolist(), rows.source.tolist(), rows.starts.tolist(), strict=True
+    for number, source, starts, length in zip(
+        rows.tokens[:, 0].tolist(),
+        rows.source.tolist(),
+        rows.starts.tolist(),
+        rows.length.tolist(),
+        strict=True,
     ):
         assert source == number // 100
-        assert starts == ([0, CODES] if number % 100 % 4 % 2 else [0, -1])
+        row = number % 100
+        last = row % 4 == 3 or row == (10, 4)[source]
+        assert length == (4 if last else 8)
+        assert starts == ([0, 4] if row % 4 % 2 and not last else [0, -1])
 
 
-def test_ranks_and_restarts_do_not_change_the_order(folder: Path) -> None:
-    whole = numbers(steps(Loader(folder, batch_rows=12, seed=1), 30))
-    found: list[int] = []
-    for world, count in ((4, 11), (2, 9), (3, 10)):
-        start = len(found)
-        ranks = [
-            steps(Loader(folder, batch_rows=12, seed=1, rank=r, world=world, start=start), count)
-            for r in range(world)
-        ]
-        for step in range(count):
-            found += [number for rank in ranks for number in numbers([rank[step]])]
-    assert found == whole
-
-
-def test_workers_read_the_same_rows(folder: Path) -> None:
-    """Some seconds: real worker processes."""
-    alone = steps(Loader(folder, batch_rows=6, seed=1, start=6), 9)
-    ahead = steps(Loader(folder, batch_rows=6, seed=1, start=6, workers=2), 9)
-    for one, other in zip(alone, ahead, strict=True):
+@pytest.mark.parametrize(("workers", "read"), [(2, "auto"), (0, "pread"), (2, "pread")])
+def test_workers_and_the_way_to_read_change_no_row(folder: Path, workers: int, read: Read) -> None:
+    alone = steps(Loader(folder, batch_rows=6, seed=1, start=6, read="mmap"), 9)
+    other = steps(Loader(folder, batch_rows=6, seed=1, start=6, workers=workers, read=read), 9)
+    for one, two in zip(alone, other, strict=True):
         for name in ("tokens", "starts", "length", "source"):
-            assert getattr(one, name).tolist() == getattr(other, name).tolist()
+            assert getattr(one, name).tolist() == getattr(two, name).tolist()
 
 
 def test_a_program_with_workers_ends_although_they_ignore_sigterm(folder: Path) -> None:
@@ -153,6 +92,7 @@ def test_a_mixture_given_to_the_loader_replaces_the_manifests(folder: Path) -> N
     assert set(numbers(steps(only, 4))) == set(range(100, 105))
     both = Loader(folder, batch_rows=16, seed=1, mix={"a": 1, "b": 3})
     assert both.mixture.counts() == {"a": 4, "b": 12}
+    assert Loader(folder, batch_rows=16, seed=1, mix={}).mixture.counts() == {"a": 11, "b": 10}
     with pytest.raises(InputError, match='names "c", which has no rows of split "train"'):
         Loader(folder, batch_rows=16, seed=1, mix={"c": 1})
     with pytest.raises(InputError, match="wanted a number above 0"):
@@ -172,11 +112,43 @@ def test_a_split_that_is_not_there_names_those_that_are(folder: Path) -> None:
         Loader(folder, batch_rows=4, seed=0, split="test")
 
 
-def test_shards_of_another_build_are_refused(folder: Path) -> None:
-    shard = folder / "a-train-00000.arrow"
-    shard.write_bytes((folder / "a-train-00002.arrow").read_bytes())  # 3 rows in place of 4
-    with pytest.raises(InputError, match="were files of two builds mixed"):
-        steps(Loader(folder, batch_rows=21, seed=0), 1)
-    shard.unlink()
-    with pytest.raises(CommandError, match="is missing"):
-        steps(Loader(folder, batch_rows=21, seed=0), 1)
+def test_training_never_reads_a_row_of_another_split(folder: Path) -> None:
+    """The splits number their rows alike here, so their shards tell them apart."""
+    for shard in folder.glob("*-val-*"):
+        shard.unlink()
+    assert len(numbers(steps(Loader(folder, batch_rows=21, seed=1), 3))) == 63
+    with pytest.raises(CommandError, match=r"val-00000\.arrow is missing"):
+        steps(Loader(folder, batch_rows=5, seed=1, split="val"), 1)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(("rows", "micro_rows"), [(100, 4), (7, 2), (7, 3), (1, 1)])
+def test_a_validation_has_the_same_rows_once_each_at_any_number_of_ranks(
+    folder: Path, world: int, rows: int, micro_rows: int
+) -> None:
+    def real(step: Rows) -> list[int]:
+        return step.tokens[:, 0][step.length > 0].tolist()
+
+    def of_rank(rank: int) -> list[Rows]:
+        return list(
+            held_out(
+                folder, rows=rows, micro_rows=micro_rows, split="train", rank=rank, world=world
+            )
+        )
+
+    (alone,) = held_out(folder, rows=rows, micro_rows=100, split="train")
+    every = [*range(11), *range(100, 105)]
+    assert real(alone) == {100: every, 7: [0, 2, 4, 6, 9, 100, 102], 1: [0]}[rows]
+    ranks = [of_rank(rank) for rank in range(world)]
+    assert len({len(steps) for steps in ranks}) == 1
+    assert all(step.rows == micro_rows for steps in ranks for step in steps)
+    found = [real(step) for steps in ranks for step in steps]
+    assert sorted(number for step in found for number in step) == real(alone)
+
+
+def test_rows_that_stand_in_predict_nothing(folder: Path) -> None:
+    (step,) = held_out(folder, rows=3, micro_rows=5)
+    for whole_rows in (False, True):
+        batch = pack(step, layout="bos", vocab=Vocab(256, 4), whole_rows=whole_rows)
+        assert (batch.labels[3:] == IGNORE).all()
+        assert (batch.labels[:3] != IGNORE).any(dim=1).all()

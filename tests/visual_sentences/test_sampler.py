@@ -1,13 +1,18 @@
 """The order of training data: a bijection, exact over any ranks, with the shares asked for."""
 
+import math
 from collections import Counter
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tokenizer.cli import InputError
 from visual_sentences.mixture import Mixture, Share
-from visual_sentences.sampler import key_of, permute
+from visual_sentences.sampler import permute
+from visual_sentences.seeds import seeded
 
 SHARES = [
     Share(name="large", rows=101),
@@ -17,31 +22,129 @@ SHARES = [
 ]
 
 
+NAMES = "abcdef"
+COUNT = st.integers(0, 60)
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> list[Share]:
+    """Sources by weight, by repeat, by root and by neither; weights leave room for the others."""
+    shares = [Share(name="first", rows=draw(st.integers(1, 60)), repeat=draw(repeats))]
+    for name in draw(st.permutations(NAMES))[: draw(st.integers(0, 6))]:
+        if draw(st.booleans()):  # six of them add up to 0.96 at most
+            weight = draw(st.integers(1, 16)) / 100
+            shares.append(Share(name=name, rows=draw(COUNT), weight=weight))
+        else:
+            shares.append(Share(name=name, rows=draw(COUNT), repeat=draw(repeats)))
+    return draw(st.permutations(shares))
+
+
+repeats = st.one_of(
+    st.none(),
+    st.just("sqrt"),
+    st.integers(1, 5).map(float),
+    st.floats(0.05, 5.0, allow_subnormal=False),
+)
+seeds = st.integers(0, 2**63)
+fixed = settings(max_examples=60, deadline=None, derandomize=True)  # the same examples every time
+
+
+@fixed
+@given(shares=mixtures(), seed=seeds, epochs=st.integers(1, 5))
+def test_rows_of_any_mixture_are_drawn_floor_or_ceiling_times(
+    shares: list[Share], seed: int, epochs: int
+) -> None:
+    mixture = Mixture(shares, seed=seed)
+    uses = Counter(draws(mixture, np.arange(epochs * mixture.slots)))
+    counts = mixture.counts()
+    assert sum(uses.values()) == epochs * sum(counts.values()) == epochs * mixture.slots
+    for number, share in enumerate(shares):
+        found = {uses[number, row] for row in range(share.rows)}
+        if share.rows:
+            mean = Fraction(epochs * counts[share.name], share.rows)
+            assert found <= {math.floor(mean), math.ceil(mean)}
+        else:
+            assert counts[share.name] == 0
+
+
+@fixed
+@given(shares=mixtures(), seed=seeds)
+def test_an_epoch_of_any_mixture_has_the_shares_within_a_slot(
+    shares: list[Share], seed: int
+) -> None:
+    """Largest remainder: less than a slot off, of an epoch that is itself rounded to slots."""
+    counts = Mixture(shares, seed=seed).counts()
+    slots, used = sum(counts.values()), [share for share in shares if share.rows]
+    assert all(counts[share.name] >= 1 for share in used)
+    weights = {share.name: share.weight for share in used if share.weight is not None}
+    free = [share for share in used if share.weight is None]
+    largest = max(share.rows for share in free)
+    rows = {
+        s.name: s.rows * (math.sqrt(largest / s.rows) if s.repeat == "sqrt" else s.repeat or 1.0)
+        for s in free
+    }
+    rest = 1 - sum(weights.values())
+    exact = weights | {name: rest * value / sum(rows.values()) for name, value in rows.items()}
+    for name, share in exact.items():
+        # Less than a whole for the source, at most a half for the epoch; a hundredth for floats.
+        assert abs(counts[name] - share * slots) < 1.51
+
+
+@fixed
+@given(rows=st.integers(1, 40), times=st.integers(1, 4), seed=seeds, epoch=st.integers(0, 9))
+def test_a_whole_repeat_holds_in_every_epoch_for_itself(
+    rows: int, times: int, seed: int, epoch: int
+) -> None:
+    shares = [Share(name="a", rows=rows, repeat=float(times)), Share(name="b", rows=17)]
+    mixture = Mixture(shares, seed=seed)
+    uses = Counter(draws(mixture, epoch * mixture.slots + np.arange(mixture.slots)))
+    assert {uses[0, row] for row in range(rows)} == {times}
+    assert {uses[1, row] for row in range(17)} == {1}
+
+
+@fixed
+@given(shares=mixtures(), seed=seeds, start=st.integers(0, 2**40), count=st.integers(1, 50))
+def test_a_sample_is_the_same_whoever_asks_for_it(
+    shares: list[Share], seed: int, start: int, count: int
+) -> None:
+    """In a block, backwards and alone: the ground of every elastic resume."""
+    mixture, samples = Mixture(shares, seed=seed), start + np.arange(count)
+    block = draws(mixture, samples)
+    assert draws(Mixture(shares, seed=seed), samples[::-1])[::-1] == block
+    assert [draws(mixture, samples[i : i + 1])[0] for i in range(count)] == block
+
+
+@fixed
+@given(n=st.integers(1, 3000), key=st.integers(0, 2**64 - 1))
+def test_a_shuffle_of_any_size_is_a_bijection(n: int, key: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(n), n, key)), np.arange(n))
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 1000, 1024, 1025, 65537])
 def test_a_shuffle_is_a_bijection(n: int) -> None:
-    shuffled = permute(np.arange(n), n, key_of(7, n))
+    shuffled = permute(np.arange(n), n, seeded(7, n))
     assert np.array_equal(np.sort(shuffled), np.arange(n))
 
 
 def test_a_shuffle_reaches_past_any_array() -> None:
     n = 2**40 + 7
     places = np.arange(n - 1000, n)
-    shuffled = permute(places, n, key_of(1))
+    shuffled = permute(places, n, seeded(1))
     assert len(set(shuffled.tolist())) == 1000
     assert shuffled.min() >= 0 and shuffled.max() < n
 
 
 def test_a_shuffle_looks_random() -> None:
-    shuffled = permute(np.arange(100_000), 100_000, key_of(3)).astype(float)
+    shuffled = permute(np.arange(100_000), 100_000, seeded(3)).astype(float)
     lag = np.corrcoef(shuffled[:-1], shuffled[1:])[0, 1]
     assert abs(lag) < 0.02  # a true permutation of this length: 0.003 standard deviation
-    other = permute(np.arange(100_000), 100_000, key_of(4)).astype(float)
+    other = permute(np.arange(100_000), 100_000, seeded(4)).astype(float)
     assert abs(np.corrcoef(shuffled, other)[0, 1]) < 0.02
 
 
 def test_shuffles_of_different_sizes_and_keys_can_be_asked_for_together() -> None:
     sizes = np.array([10, 1000, 3, 77])
-    keys = np.array([key_of(i) for i in range(4)], np.uint64)
+    keys = np.array([seeded(i) for i in range(4)], np.uint64)
     places = np.array([4, 500, 2, 76])
     together = permute(places, sizes, keys)
     alone = [permute(places[i : i + 1], int(sizes[i]), keys[i : i + 1])[0] for i in range(4)]

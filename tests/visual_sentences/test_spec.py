@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tokenizer.cli import InputError
-from visual_sentences.spec import load_spec
+from visual_sentences.spec import KINDS, load_spec, parse_spec
 
 Write = Callable[[str], Path]
 
@@ -52,7 +52,11 @@ def test_a_whole_spec_is_read(write_spec: Write, tmp_path: Path) -> None:
     )
     assert (spec.seed, spec.row_len, spec.image_size) == (7, 512, 64)
     pair, video = spec.sources
-    assert pair.folders == {"inputs": tmp_path / "frames", "targets": tmp_path / "depth"}
+    assert pair.paths == {"inputs": "frames", "targets": "depth"}
+    assert {role: origin.path for role, origin in pair.origins.items()} == {
+        "inputs": tmp_path / "frames",
+        "targets": tmp_path / "depth",
+    }
     assert (pair.repeat, pair.weight, pair.preprocess) == ("sqrt", None, "crop")
     assert pair.splits == {"val": 0.1, "test": 0.2}
     assert (pair.license, pair.note) == ("MIT", "rendered")
@@ -64,7 +68,7 @@ def test_folders_are_relative_to_the_spec(
 ) -> None:
     path = write_spec(GOOD)
     monkeypatch.chdir("/")
-    assert load_spec(path).sources[0].folders["path"] == tmp_path / "photos"
+    assert load_spec(path).sources[0].origins["path"].path == tmp_path / "photos"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +87,8 @@ def test_folders_are_relative_to_the_spec(
         ("splits = {train = 0.5}", '"train" is what the others leave'),
         ('preprocess = "sqash"', 'wanted one of squash, crop; did you mean "squash"'),
         ("license = 3", "license = 3; wanted a text in quotes"),
-        ("augment = 1", "augment is not available yet"),
+        ("augment = 0", "augment = 0; wanted an integer of 1 or more"),
+        ("classes = 2", 'the key "classes" does not belong to kind "image"'),
     ],
 )
 def test_a_wrong_line_is_named(write_spec: Write, line: str, message: str) -> None:
@@ -106,10 +111,13 @@ def test_a_wrong_line_is_named(write_spec: Write, line: str, message: str) -> No
         (GOOD.replace('"photos"\nkind', '"a/b"\nkind'), 'name "a/b" becomes part of file names'),
         (GOOD.replace("name", "nmae"), 'the key "name" is missing; did you mean it by "nmae"'),
         (GOOD.replace('path = "photos"', ""), 'the key "path" is missing'),
-        (GOOD.replace('path = "photos"', 'path = "gone"'), "gone does not exist"),
-        (GOOD.replace('path = "photos"', 'path = "mix.toml"'), "is a file; wanted a folder"),
+        (GOOD.replace('path = "photos"', 'path = "gone"'), 'path = "gone" is not there'),
+        (
+            GOOD.replace('path = "photos"', 'path = "mix.toml"'),
+            "is another kind of file; wanted a folder",
+        ),
         (GOOD.replace("image", "imgae"), 'did you mean "image"'),
-        (GOOD.replace("image", "orbit"), "not available yet: wanted one of image, pair, video"),
+        (GOOD.replace("image", "annotated"), 'the key "annotations" is missing'),
         (GOOD + "weight = 1.0" + GOOD.replace('"photos"\nk', '"b"\nk'), "leaves nothing"),
         ("source = 3", "has no source"),
     ],
@@ -152,3 +160,44 @@ def test_pairs_need_rows_of_two_images(write_spec: Write) -> None:
     spec = load_spec(write_spec("row_len = 256\n" + text))
     with pytest.raises(InputError, match="wanted 512 or more"):
         spec.geometry(codes_per_image=256, image_size=256, tokenizer="t")
+
+
+def test_annotations_are_roles_beside_the_image(write_spec: Write, tmp_path: Path) -> None:
+    text = '[[source]]\nname = "a"\nkind = "annotated"\npath = "frames"\nannotations = '
+    source = load_spec(write_spec(text + '{depth = "depth", seg = "photos"}')).sources[0]
+    assert list(source.origins) == ["image", "depth", "seg"]
+    assert source.origins["seg"].path == tmp_path / "photos"
+    for wrong in ('"depth"', "{}", '{image = "depth"}', "{depth = 3}", '{"a/b" = "depth"}'):
+        with pytest.raises(InputError, match="annotations = "):
+            load_spec(write_spec(text + wrong))
+
+
+def test_every_kind_says_how_many_images_its_rows_need(write_spec: Write) -> None:
+    def refuse(text: str, images: int) -> None:
+        spec = load_spec(
+            write_spec(f"row_len = {64 * (images - 1)}\n[[source]]\nname = 'x'\n{text}")
+        )
+        with pytest.raises(InputError, match=f"needs rows of {images} images or more"):
+            spec.geometry(codes_per_image=64, image_size=32, tokenizer="t")
+
+    refuse('kind = "category"\npath = "photos"\nclasses = 4', 4)
+    refuse('kind = "colorize"\npath = "photos"', 2)
+    annotations = 'path = "photos"\nannotations = {depth = "depth", seg = "frames"}'
+    refuse(f'kind = "annotated"\n{annotations}', 3)
+    refuse(f'kind = "annotated_video"\n{annotations}', 6)
+
+
+def test_all_missing_paths_are_named_at_once(write_spec: Write) -> None:
+    with pytest.raises(InputError) as caught:
+        load_spec(write_spec(GOOD.replace('"photos"', '"x"') + GOOD.replace('"photos"', '"y"')))
+    assert 'path = "x"' in str(caught.value) and 'path = "y"' in str(caught.value)
+
+
+def test_the_mixture_of_lvm_is_72_sources_with_the_published_shares() -> None:
+    spec = parse_spec(Path(__file__).parents[2] / "examples/uvd_v1.toml")
+    weights = {source.name: source.weight for source in spec.sources}
+    assert len(weights) == 72
+    # Each of the 72 figures is rounded to 4 digits; the sum to 1, as the facts about it are.
+    assert round(sum(weight or 0 for weight in weights.values()), 1) == 429.6
+    assert spec.geometry(codes_per_image=256, image_size=256, tokenizer="t") == (4096, 16)
+    assert {source.kind for source in spec.sources} == set(KINDS), "a kind has no example"
