@@ -109,7 +109,7 @@ def load_plans(spec: Spec, out: Path) -> list[Plan]:
     sources = {source.name: source for source in spec.sources}
     while (path := plan_file(out, len(plans) + 1)).exists():
         try:
-            notes = json.loads(_reader(path).schema.metadata[b"plan"])
+            notes = json.loads(_reader(path, path.stat().st_mtime_ns).schema.metadata[b"plan"])
             units = [Unit(source=sources[u.pop("source")], **u) for u in notes["units"]]
             listed = {
                 name: Listed(**entry | {"bad": [tuple(b) for b in entry["bad"]]})
@@ -126,13 +126,14 @@ def load_plans(spec: Spec, out: Path) -> list[Plan]:
 
 def planned(out: Path, unit: Unit) -> list[Item]:
     """Return a unit's items; of tars and Parquet files their sets, one name a role."""
-    batch = _reader(plan_file(out, unit.generation)).get_batch(unit.place)
+    path = plan_file(out, unit.generation)
+    batch = _reader(path, path.stat().st_mtime_ns).get_batch(unit.place)
     columns = [batch.column(name).to_pylist() for name in SCHEMA.names]
     return [Item(stem, tuple(names), group) for stem, group, names in zip(*columns, strict=True)]
 
 
 @lru_cache(8)
-def _reader(path: Path) -> Any:
+def _reader(path: Path, changed: int) -> Any:
     return pa.ipc.open_file(pa.memory_map(str(path)))
 
 

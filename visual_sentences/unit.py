@@ -15,6 +15,8 @@ import numpy as np
 from tokenizer.encode import BulkEncoder
 from tokenizer.files import atomic_write
 from tokenizer.images import BadImage, encode_image
+from visual_sentences.containers.origin import Part
+from visual_sentences.containers.paths import path_of
 from visual_sentences.draw import draw, usable
 from visual_sentences.job import Job, excluded_names
 from visual_sentences.manifest import ShardEntry
@@ -172,18 +174,22 @@ def run_unit(unit: Unit, *, job: Job, encoder: BulkEncoder | None) -> Result:
 
 
 def _list_parts(unit: Unit, chosen: Sequence[Item]) -> tuple[list[Item], Files, int, list[Bad]]:
-    """List the tars or Parquet files of a unit."""
+    """List the tars or Parquet files of a unit, by their names alone: there may be many others."""
     items: list[Item] = []
     bad: list[Bad] = []
     files = Files(source=unit.source)
-    names = {item.names for item in chosen}
     inputs = 0
-    gone = set(names)
-    for together in part_sets(unit.source)[0]:
-        own = tuple(part.name for part in together.values())
-        if own not in names:
+    for planned_set in chosen:
+        together = {
+            role: Part(origin=origin, name=name, id=planned_set.stem)
+            for (role, origin), name in zip(
+                unit.source.origins.items(), planned_set.names, strict=True
+            )
+        }
+        if not all(path_of(part).is_file() for part in together.values()):
+            bad += [(name, MISSING) for name in planned_set.names]
+            inputs += len(planned_set.names)
             continue
-        gone.remove(own)
         listing = list_items(unit.source, together)
         items += listing.items
         bad += listing.bad
@@ -191,8 +197,7 @@ def _list_parts(unit: Unit, chosen: Sequence[Item]) -> tuple[list[Item], Files, 
         for name in listing.order:
             files.parts[name] = together[role_of(unit.source, name)[0]]
             files.order[name] = len(files.order)
-    bad += [(name, MISSING) for own in sorted(gone) for name in own]
-    return items, files, inputs + sum(map(len, gone)), bad
+    return items, files, inputs, bad
 
 
 def _is_excluded(item: Item, unit: Unit, names: frozenset[str]) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 import tokenizer
 from tokenizer.images import save_image
+from visual_sentences.build import Build, build
 from visual_sentences.manifest import Manifest, ShardEntry, SourceEntry
 from visual_sentences.shards import code_type, write_shard
 
@@ -210,3 +211,20 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def corpus() -> ModuleType:
     """The module that writes bad inputs of all kinds."""
     return beside("corpus")
+
+
+@pytest.fixture(scope="session")
+def processes() -> ModuleType:
+    """The module that starts builds as processes, and watches, kills and compares them."""
+    return beside("processes")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(every: Path, tok_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """A build of `every` by one process that nothing went wrong with; others must equal it."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    made = Build(
+        spec=every / "every.toml", tokenizer=tok_dir, out=out, workers=1, batch=16, shard_rows=3
+    )
+    assert build(made, log=lambda line: None) is not None
+    return made
