@@ -48,7 +48,7 @@ def excluded_names(path: str, id: str) -> frozenset[str]:
     if not path:
         return frozenset()
     lines = _content(Path(path)).decode("utf-8", "replace").splitlines()
-    return frozenset(line.strip() for line in lines if line.strip())
+    return frozenset(line.strip() for line in lines)
 
 
 def _content(path: Path) -> bytes:

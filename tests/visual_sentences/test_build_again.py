@@ -221,6 +221,21 @@ def test_images_are_stored_with_their_labels(command: Build, tmp_path: Path) -> 
     assert len(seen) == len(set(seen)) == 40
 
 
+def test_labels_stay_when_classes_are_added(
+    write_images: Callable[..., None], command: Build
+) -> None:
+    stored = replace(command, images=True, tokenizer=None)
+    assert run(stored).sources[0].classes == ("a", "b")
+    write_images(command.spec.parent / "photos", ["0new/1.png", "a/99.png"], seed=5)
+    manifest = run(stored)
+    assert manifest.sources[0].classes == ("a", "b", "0new")
+    labels = {}
+    for entry in manifest.shards:
+        shard = open_images(stored.out / entry.name)
+        labels |= {shard.keys(row)[0]: int(shard.labels[row]) for row in range(shard.rows)}
+    assert (labels["0new/1.png"], labels["a/99.png"], labels["b/1.png"]) == (2, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

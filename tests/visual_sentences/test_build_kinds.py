@@ -128,6 +128,8 @@ def picture(root: Path, source: str, key: str) -> np.ndarray:
 def test_every_item_is_in_one_sentence_of_each_pass(built: Path) -> None:
     manifest = Manifest.load(built)
     assert all(not source.bad for source in manifest.sources), manifest.sources
+    video = next(source for source in manifest.sources if source.name == "video")
+    assert (video.inputs, video.good) == (7, 7), "two files of video and five frames"
     counts = {
         name: Counter(key for keys in sentences(built, name) for key in keys)
         for name in (source.name for source in manifest.sources)
@@ -145,6 +147,9 @@ def test_every_item_is_in_one_sentence_of_each_pass(built: Path) -> None:
 
 def test_sentences_are_what_their_kinds_say(built: Path) -> None:
     assert {len(keys) for keys in sentences(built, "image")} == {1}
+    first = open_shard(built / "image-train-00000.arrow")
+    order = [key for row in range(first.rows) for key in first.keys(row)]
+    assert order != sorted(order), "in seeded order, not as they are stored"
     for keys in sentences(built, "category"):
         classes = [key.split("/")[0] for key in keys]
         assert all(count <= PLACES // 2 for count in Counter(classes).values())

@@ -101,3 +101,20 @@ def test_whole_tars_are_put_together_to_the_wanted_size(
     found = [unit for unit in plan.units if unit.source.name == "image"]
     assert len(found) == units and sum(unit.images for unit in found) == 24
     assert {unit.split for unit in found} == {""}
+
+
+def test_a_unit_has_whole_bunches_of_few_classes(
+    write_images: Callable[..., None], tok_dir: Path, tmp_path: Path
+) -> None:
+    """Units of one row of 4 images; without bunches their images would be of several classes."""
+    write_images(tmp_path / "x", [f"{c}/{i}.png" for c in range(6) for i in range(8)], seed=1)
+    spec = tmp_path / "mix.toml"
+    spec.write_text('row_len = 256\n[[source]]\nname = "c"\nkind = "category"\npath = "x"\n')
+    loaded, out = load_spec(spec), tmp_path / "out"
+    job, _ = prepare(Build(spec=spec, tokenizer=tok_dir, out=out), loaded)
+    out.mkdir()
+    plan = make_plan(loaded, job, shard_rows=1, before=[], out=out)
+    write_plan(plan, out)
+    groups = [{item.group for item in planned(out, unit)} for unit in plan.units]
+    assert len(groups) == 12 and all(len(found) == 1 for found in groups)
+    assert groups != sorted(groups, key=min), "bunches come in seeded order"
