@@ -2,7 +2,8 @@
 
     decode   the same images read, decoded and resized, and nothing done with them: the limit
     images   a build of JPEG shards
-    light    a build of codes by a network of one small block, in place of a GPU that encodes
+    free     a build of codes that cost nothing, 16 × 16 of an image's own pixels: what is left for
+             the processor to do where GPUs encode and are never waited for
     codes    a build of codes by the tokenizer of --tokenizer, where it is given
 
 All with as many processes as there are cores, in turns, round after round; the rate is that between
@@ -13,20 +14,22 @@ a round. Without --data the images are 500 × 375 JPEGs of smooth noise, some 26
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import cast
 
 import numpy as np
-import torch
 from PIL import Image
 
 import tokenizer
 from kernels.bench import options, report
 from tokenizer.cli import guarded
+from tokenizer.encode import BulkEncoder
 from tokenizer.images import encode_image
 from visual_sentences.build import Build, prepare
 from visual_sentences.job import Job
@@ -34,11 +37,12 @@ from visual_sentences.pixels import decode
 from visual_sentences.plan import Unit, load_plans, make_plan, write_plan
 from visual_sentences.sentence import Picture
 from visual_sentences.spec import load_spec
-from visual_sentences.unit import find
+from visual_sentences.unit import find, run_unit
 from visual_sentences.workers import cores, in_pool
 
 IMAGES, DIFFERENT, ROUNDS = 1536, 128, 3
 HEIGHT, WIDTH, QUALITY = 375, 500, 88
+SIDE = 16  # places of a free code
 SPEC = """
 image_size = {size}
 [[source]]
@@ -65,21 +69,13 @@ def write_photos(folder: Path, count: int) -> None:
             (folder / f"{name:05d}.jpg").write_bytes(data)
 
 
-def light_tokenizer(folder: Path, *, size: int) -> Path:
-    """Save a tokenizer whose encoding costs next to nothing: one small block on 16 × 16 places."""
-    torch.manual_seed(0)
-    config = tokenizer.VQGANConfig(
-        image_size=size,
-        channels=32,
-        multipliers=(1,),
-        patch=16,
-        res_blocks=1,
-        latent_dim=8,
-        code_dim=8,
-        codebook_size=256,
-    )
-    tokenizer.save(tokenizer.VQGAN(config).eval(), folder)
-    return folder
+class Free:
+    """Takes the place of an encoder: codes are the red of some pixels."""
+
+    def encode_all(self, batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        for pixels in batches:
+            step = pixels.shape[1] // SIDE
+            yield pixels[:, ::step, ::step, 0].reshape(len(pixels), -1).astype(np.int64)
 
 
 def decode_only(job: Job, unit: Unit) -> int:
@@ -88,6 +84,13 @@ def decode_only(job: Job, unit: Unit) -> int:
     pictures = [Picture(name) for i in found.items.values() for item in i for name in item.names]
     read = decode(found.files, pictures, size=job.image_size, threads=1)
     return sum(isinstance(entry.value, np.ndarray) for entry in read)
+
+
+def free_unit(job: Job, unit: Unit) -> int:
+    """Build a unit, its encoding aside."""
+    run_unit(unit, job=job, encoder=cast(BulkEncoder, Free()))
+    _remove(job, unit)
+    return unit.images
 
 
 def rate(finished: Iterator[int]) -> float:
@@ -99,17 +102,21 @@ def rate(finished: Iterator[int]) -> float:
     return images / (time.perf_counter() - start)
 
 
-def limit(job: Job, units: Sequence[Unit]) -> Iterator[int]:
+def pooled(body: Callable[[Job, Unit], int], job: Job, units: Sequence[Unit]) -> Iterator[int]:
     with ProcessPoolExecutor(cores(), mp_context=get_context("spawn")) as pool:
-        for future in as_completed([pool.submit(decode_only, job, unit) for unit in units]):
+        for future in as_completed([pool.submit(body, job, unit) for unit in units]):
             yield future.result()
 
 
 def built(job: Job, units: Sequence[Unit]) -> Iterator[int]:
     for unit, _ in in_pool(job, units, workers=cores(), log=print):
         yield unit.images
-        for path in Path(job.out).glob(f"{unit.name}.*"):
-            path.unlink()
+        _remove(job, unit)
+
+
+def _remove(job: Job, unit: Unit) -> None:
+    for path in Path(job.out).glob(f"{unit.name}.*"):
+        path.unlink()
 
 
 def table(
@@ -129,19 +136,19 @@ def table(
             write_photos(data, count)
         spec = root / "mix.toml"
         spec.write_text(SPEC.format(size=size, path=data.absolute().as_posix()))
-        light = light_tokenizer(root / "light", size=size)
         build = Build(spec=spec, out=root / "out", images=True)
         ways: dict[str, tuple[Callable[[Job, Sequence[Unit]], Iterator[int]], Build]] = {
-            "decode": (limit, build),
+            "decode": (partial(pooled, decode_only), build),
             "images": (built, build),
-            "light": (built, replace(build, images=False, tokenizer=light)),
+            "free": (partial(pooled, free_unit), build),
         }
         if tok is not None:
             ways["codes"] = (built, replace(build, images=False, tokenizer=tok))
         rates: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, (run, command) in ways.items():
-                rates[name].append(rate(run(*_planned(command, root / name))))
+                job, units = _planned(command, root / name)
+                rates[name].append(rate(run(_free(job) if name == "free" else job, units)))
     return [
         {
             "what": name,
@@ -152,6 +159,12 @@ def table(
         }
         for name, found in rates.items()
     ]
+
+
+def _free(job: Job) -> Job:
+    """Return the job for codes of `Free`."""
+    codes = SIDE * SIDE
+    return replace(job, form="codes", codebook_size=256, codes_per_image=codes, tokenizer_id="free")
 
 
 def _planned(command: Build, out: Path) -> tuple[Job, Sequence[Unit]]:

@@ -90,7 +90,7 @@ def by_actors(ray: Any, job: Job, *, workers: int) -> list[Submit]:
     # Calls that a lost actor had at hand go to the one that takes its place.
     kept = {"max_restarts": -1, "max_task_retries": RETRIES}
     kind = ray.remote(num_gpus=1, num_cpus=each, **kept)(Worker)
-    threaded = ray.put(replace(job, threads=max(1, each)))
+    threaded = replace(job, threads=max(1, each))
     return [kind.remote(threaded).run.remote for _ in range(min(workers or gpus, gpus))] * WAITING
 
 

@@ -22,6 +22,8 @@ def raiser(error: BaseException):
         (CommandError("no space in the queue"), 1),
         (KeyboardInterrupt(), 130),
         (OSError(errno.ENOSPC, "No space left on device"), 1),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 1),
+        (PermissionError(errno.EACCES, "Permission denied"), 1),
     ],
 )
 def test_expected_errors_are_one_line_and_an_exit_code(error, code: int, capsys) -> None:

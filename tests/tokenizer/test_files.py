@@ -1,5 +1,6 @@
 """Atomic writes leave a whole file or none, through exceptions and kill -9."""
 
+import errno
 import hashlib
 import signal
 import subprocess
@@ -26,6 +27,25 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         file.write(b"new")
         raise RuntimeError
     assert target.read_bytes() == b"old" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_that_came_first_stays_where_that_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan"
+    with atomic_write(path, "w", first=True) as file:
+        file.write("one")
+    with pytest.raises(FileExistsError), atomic_write(path, "w", first=True) as file:
+        file.write("two")
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr("tokenizer.files.os.link", no_links)
+    with atomic_write(path, "w", first=True) as file:  # then by rename, as well as it can be
+        file.write("three")
+    assert path.read_text() == "three" and list(tmp_path.iterdir()) == [path]
+
+
+def no_links(*paths: object) -> None:
+    raise OSError(errno.EPERM, "Operation not permitted")
 
 
 def test_killed_writer_leaves_the_old_file_and_a_temporary(tmp_path: Path) -> None:

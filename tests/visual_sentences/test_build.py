@@ -161,12 +161,6 @@ def test_the_manifest_tells_what_is_there(command: Build) -> None:
         assert entry.rows == open_shard(command.out / entry.name).rows <= command.shard_rows
 
 
-def test_two_workers_make_the_same_bytes_as_one(command: Build, tmp_path: Path) -> None:
-    other = replace(command, out=tmp_path / "out", workers=2)
-    assert build(other, log=quiet) == Manifest.load(command.out)
-    assert content(other.out) == content(command.out)
-
-
 SEEDS = [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 7))]
 
 
