@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import tokenizer
-from tokenizer.images import save_image
 from visual_sentences.build import Build, build
 from visual_sentences.manifest import Manifest, ShardEntry, SourceEntry
 from visual_sentences.shards import code_type, write_shard
@@ -45,14 +44,16 @@ stride = [1, 2]
 """
 
 
-def write_images(folder: Path, names: list[str], *, seed: int) -> None:
-    """Write one image of smooth noise for each name, suffix included."""
-    rng = np.random.default_rng(seed)
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-        save_image(path, coarse.repeat(SIZE // 4, 0).repeat(SIZE // 4, 1))
+def beside(name: str) -> ModuleType:
+    """Import a module of this folder, which is no package."""
+    spec = spec_from_file_location(f"beside_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+write_images = beside("every").write_images
 
 
 def small_tokenizer(folder: Path, *, image_size: int = SIZE, seed: int = 0) -> Path:
@@ -190,15 +191,6 @@ def write_spec(tmp_path: Path) -> Callable[[str], Path]:
         return path
 
     return write
-
-
-def beside(name: str) -> ModuleType:
-    """Import a module of this folder, which is no package."""
-    spec = spec_from_file_location(f"beside_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
