@@ -135,6 +135,19 @@ def test_a_removed_file_stays_in_the_shards(command: Build) -> None:
     assert run(command) == manifest
 
 
+def test_more_data_after_a_lost_shard_keeps_what_is_there(
+    write_images: Callable[..., None], command: Build
+) -> None:
+    """The manifest is withdrawn in the middle of such a run, so no copy of the old one is kept."""
+    manifest, before = run(command), shards(command)
+    (command.out / manifest.shards[0].name).unlink()
+    write_images(command.spec.parent / "photos", ["c/1.png"], seed=2)
+    second = run(command)
+    assert second.generation == 2 and second.sources[0].good == 21
+    after = shards(command)
+    assert {name: after[name] for name in before} == before
+
+
 def test_excluded_items_are_left_out_and_counted(command: Build, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("a/2.png\nb/3\n0/4\ny-1.tar/0.png\nunknown\n")
