@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenizer.cli import InputError
-from visual_sentences.containers import is_clip
+from visual_sentences.containers import Part, is_clip
 from visual_sentences.job import Job
 from visual_sentences.seeds import seeded
 from visual_sentences.sentence import Item
@@ -70,7 +70,7 @@ def cut_items(
 def cut_parts(
     source: Source, *, known: Set[Any], classes: Sequence[str], job: Job, rows: int
 ) -> tuple[list[Cut], Listed]:
-    """Put new tars or Parquet files into units, as many as the first of them says are needed."""
+    """Put new tars or Parquet files into units, as many as the first with items says are needed."""
     sets, alone = part_sets(source)
     items = {}
     for together in sets:
@@ -79,15 +79,23 @@ def cut_parts(
             items[item] = sum(part.bytes for part in together.values())
     cut: list[Cut] = []
     if items:
-        first = list_items(source, sets[0])
-        size = max(1, sum(part.bytes for part in sets[0].values()))
-        wanted = _items_per_unit(source, job, rows) * size / max(1, len(first.items))
-        for some in _by_size(items, wanted):
-            images = sum(items[item] for item in some) * len(first.order) / size
+        size, found, files = _sample(source, sets)
+        for some in _by_size(items, _items_per_unit(source, job, rows) * size / found):
+            images = sum(items[item] for item in some) * files / size
             cut.append(("", some, round(images)))
     labelled = job.form == "images" and source.kind in LABELLED
     groups = (i.group for s in sets for i in list_items(source, s).items) if labelled else ()
     return cut, Listed(bad=alone, classes=_classes(classes, source, job, groups))
+
+
+def _sample(source: Source, sets: Sequence[Mapping[str, Part]]) -> tuple[int, int, int]:
+    """Return bytes, items and files of the first set that has an item; damaged ones have none."""
+    for together in sets:
+        listing = list_items(source, together)
+        if listing.items:
+            size = sum(part.bytes for part in together.values())
+            return max(1, size), len(listing.items), len(listing.order)
+    return 1, 1, 0  # about one set a unit; there is nothing to encode
 
 
 def _items_per_unit(source: Source, job: Job, rows: int) -> int:

@@ -52,7 +52,7 @@ def dry_run(spec: Spec, job: Job, *, shard_rows: int, workers: int, log: Log) ->
         plan = make_plan(spec, job, shard_rows=shard_rows, before=before, out=Path(folder))
         write_plan(plan, Path(folder))
         describe_unusable(unusable([plan], []), log=log)
-        done = f"; {out_of(before)} files are in {job.out} already" if before else ""
+        done = f"; {_files_in(before)} files are in {job.out} already" if before else ""
         table = _table(plan, spec, replace(job, out=folder), workers=workers)
     log(table)
     log(
@@ -61,7 +61,7 @@ def dry_run(spec: Spec, job: Job, *, shard_rows: int, workers: int, log: Log) ->
     )
 
 
-def out_of(plans: Sequence[Plan]) -> int:
+def _files_in(plans: Sequence[Plan]) -> int:
     return sum(unit.images for plan in plans for unit in plan.units)
 
 

@@ -22,8 +22,9 @@ FILE = "manifest.json"
 class SourceEntry:
     """A source: its place in the mixture, its terms of use, and its image files by fate.
 
-    inputs = good + all of bad + (video) frames that no pass drew; images counts places in rows, so
-    an image that two passes use counts twice.
+    inputs = good + all of bad + (clips) frames that no pass drew; images counts places in rows, so
+    an image that two passes use counts twice. A file of video counts once, and is good if a frame
+    of it is used; a frame of it that cannot be decoded is in bad besides.
     """
 
     name: str

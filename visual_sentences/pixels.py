@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from tokenizer.images import BadImage, fit, open_image
 from visual_sentences.containers import frame_count, frame_name, is_clip, read
@@ -97,13 +98,17 @@ def decode(
     def one(raw: Raw, wanted: Sequence[Picture]) -> list[Decoded]:
         if isinstance(raw, BadImage):
             return [Decoded(picture, raw) for picture in wanted]
-        cuts = [cut_of(picture.edit) for picture in wanted]
+        opened: dict[int, Image.Image] = {}
+        made = []
         try:
-            # A part of an image is enlarged: it must not be read at a scale that fits the whole.
-            scale = 2 if any(box is not None for box, _ in cuts) else 1
-            image = open_image(raw, size=scale * size)
-            made = []
-            for picture, (box, flip) in zip(wanted, cuts, strict=True):
+            for picture in wanted:
+                box, flip = cut_of(picture.edit)
+                # A part of an image is enlarged: it must not be read at a scale that fits the
+                # whole. The whole must be, whatever parts are wanted beside it.
+                scale = 1 if box is None else 2
+                if scale not in opened:
+                    opened[scale] = open_image(raw, size=scale * size)
+                image = opened[scale]
                 pixels = fit(image, size=size, preprocess=preprocess, box=box, flip=flip)
                 value = finish(paint(pixels, picture.edit))
                 made.append(Decoded(picture, value, (image.width, image.height)))

@@ -110,6 +110,8 @@ def load_plans(spec: Spec, out: Path) -> list[Plan]:
     while (path := plan_file(out, len(plans) + 1)).exists():
         try:
             notes = json.loads(_reader(path, path.stat().st_mtime_ns).schema.metadata[b"plan"])
+            if (seen := (notes["format"], notes["version"])) != (FORMAT, VERSION):
+                raise ValueError(f"format and version {seen}, wanted {(FORMAT, VERSION)}")
             units = [Unit(source=sources[u.pop("source")], **u) for u in notes["units"]]
             listed = {
                 name: Listed(**entry | {"bad": [tuple(b) for b in entry["bad"]]})

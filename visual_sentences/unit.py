@@ -47,7 +47,7 @@ class Result:
     """What a unit made, as its JSON has it.
 
     `inputs` counts files: of a folder or list those of the unit's items, of tars and Parquet files
-    all that are in them. `excluded` are the stems that were left out as the exclude file asks.
+    all that are in them. `excluded` are the names that were left out as the exclude file asks.
     """
 
     source: str
@@ -109,14 +109,16 @@ def find(unit: Unit, job: Job) -> Found:
     else:
         items, files, inputs, bad = _list_parts(unit, items)
     names = excluded_names(job.exclude, job.exclude_id)
-    hit = {item.stem for item in items if names and _is_excluded(item, unit, names)}
-    bad += [(name, "excluded") for item in items if item.stem in hit for name in item.names]
+    excluded: list[str] = []
     splits: dict[str, list[Item]] = {}
     for item in items:
-        if item.stem not in hit:
+        if names and _is_excluded(item, unit, names):
+            excluded += item.names
+        else:
             split = unit.split or split_of(item.stem, unit.source.splits)
             splits.setdefault(split, []).append(item)
-    return Found(items=splits, files=files, inputs=inputs, bad=bad, excluded=sorted(hit))
+    bad += [(name, "excluded") for name in excluded]
+    return Found(items=splits, files=files, inputs=inputs, bad=bad, excluded=sorted(excluded))
 
 
 def run_unit(unit: Unit, *, job: Job, encoder: BulkEncoder | None) -> Result:

@@ -162,6 +162,16 @@ def test_excluded_items_are_left_out_and_counted(command: Build, tmp_path: Path)
     assert "photos\texcluded\ta/2.png" in listed
 
 
+def test_a_name_excludes_no_other_file_of_the_same_stem(
+    write_images: Callable[..., None], command: Build, tmp_path: Path
+) -> None:
+    write_images(command.spec.parent / "photos", ["a/2.jpg"], seed=7)
+    names = tmp_path / "names.txt"
+    names.write_text("a/2.png\n")
+    run(replace(command, exclude=names))
+    assert "a/2.jpg" in keys(command, "photos") and "a/2.png" not in keys(command, "photos")
+
+
 def test_names_taken_off_later_are_taken_out_of_finished_shards(
     command: Build, tmp_path: Path
 ) -> None:

@@ -118,3 +118,17 @@ def test_a_unit_has_whole_bunches_of_few_classes(
     groups = [{item.group for item in planned(out, unit)} for unit in plan.units]
     assert len(groups) == 12 and all(len(found) == 1 for found in groups)
     assert groups != sorted(groups, key=min), "bunches come in seeded order"
+
+
+def test_a_damaged_first_tar_does_not_put_all_others_into_one_unit(
+    plan_of: Callable[..., tuple[Plan, Path]], every: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(every / "tars", root / "tars")
+    (root / "tars/rgb-0.tar").write_bytes(b"no tar at all")
+    spec = root / "mix.toml"
+    spec.write_text(
+        'row_len = 512\n[[source]]\nname = "i"\nkind = "image"\npath = "tars/rgb-*.tar"\n'
+    )
+    plan, _ = plan_of(spec, rows=1)
+    assert [unit.images for unit in plan.units] == [0, 8, 8]
