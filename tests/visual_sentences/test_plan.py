@@ -1,10 +1,12 @@
 """Plans: units of the wanted size, kept in a file that stays readable."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from tokenizer.cli import CommandError
@@ -52,6 +54,17 @@ def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
     (tmp_path / "plan-001.arrow").write_bytes(whole[: len(whole) // 2])
     spec = Spec(seed=0, row_len=None, image_size=16, sources=(), raw={})
     with pytest.raises(CommandError, match=r"plan-001.arrow cannot be read .* choose another"):
+        load_plans(spec, tmp_path)
+
+
+def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
+    table = pa.ipc.open_file(str(GOLDEN / "plan-001.arrow")).read_all()
+    notes = json.loads(table.schema.metadata[b"plan"]) | {"version": 9, "units": []}
+    table = table.replace_schema_metadata({"plan": json.dumps(notes)})
+    with pa.ipc.new_file(str(tmp_path / "plan-001.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    spec = Spec(seed=0, row_len=None, image_size=16, sources=(), raw={})
+    with pytest.raises(CommandError, match="version .*9.*wanted .*1"):
         load_plans(spec, tmp_path)
 
 
