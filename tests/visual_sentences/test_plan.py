@@ -64,7 +64,7 @@ def test_a_plan_of_another_version_is_refused(tmp_path: Path) -> None:
     with pa.ipc.new_file(str(tmp_path / "plan-001.arrow"), table.schema) as writer:
         writer.write_table(table)
     spec = Spec(seed=0, row_len=None, image_size=16, sources=(), raw={})
-    with pytest.raises(CommandError, match="version .*9.*wanted .*1"):
+    with pytest.raises(CommandError, match=r"version .*9.*wanted .*1"):
         load_plans(spec, tmp_path)
 
 
