@@ -2,6 +2,7 @@
 # make test      the core tests, all set-up included        make test-full   everything
 # make check     format, lint, types                        make bench       timings on this machine
 # make bench-gpu PY=python3    timings on a GPU host, with the Python and torch that are there
+# make gate-write          commit what the kernels compile to, for triton 3.9 and 3.6, without a GPU
 # make clean     removes what can be made again; never a run
 
 SHELL := bash
@@ -15,14 +16,15 @@ PY ?= $(VENV)/bin/python
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 TRITON ?= 3.9.0
+OLD_TRITON := 3.6.0
 BENCH ?= attention
 DEMO ?= quick
 RUN ?= runs/demo
 
-.PHONY: help demo test test-full check bench bench-gpu clean
+.PHONY: help demo test test-full check gate-write bench bench-gpu clean
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
 
 # torch first and alone: a CUDA host takes the default wheel, any other Linux the CPU one. Where pip
 # knows no CPU wheel, uv fetches it (its --torch-backend knows where they are).
@@ -57,6 +59,12 @@ $(VENV)/full: $(VENV)/dev
 	@$(PIP) install -q -e '.[full]'
 	@touch $@
 
+# The triton of torch 2.11, to compile with and no more: PYTHONPATH puts it before the other. A whole
+# second environment would be 1 GB larger.
+$(VENV)/triton-$(OLD_TRITON): | $(VENV)/torch
+	@$(PIP) install -q --no-deps --target $@ 'triton==$(OLD_TRITON)' || \
+		echo "make: triton $(OLD_TRITON) has no wheel here; tests of what it compiles will be skipped" >&2
+
 demo: $(VENV)/demo
 	@$(PY) -m examples.demo --out $(RUN) --size $(DEMO)
 
@@ -64,7 +72,7 @@ demo: $(VENV)/demo
 test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
-test-full: $(VENV)/full
+test-full: $(VENV)/full $(VENV)/triton-$(OLD_TRITON)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "slow and not gpu"
 	@if $(PY) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then $(PY) -m pytest -m gpu; \
 	else echo "no CUDA device: the tests marked gpu were not run"; fi
@@ -73,6 +81,11 @@ check: $(VENV)/dev
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+
+# All GPUs for the triton that CI installs, sm_90 for the older one; the tests check the same.
+gate-write: $(VENV)/dev $(VENV)/triton-$(OLD_TRITON)
+	$(PY) -m kernels.report --arch 80 89 90 100 --write
+	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(PY) -m kernels.report --write
 
 # What is timed by which program.
 BENCH_attention := kernels.bench

@@ -12,12 +12,15 @@ One image is 256 points, four programs for 132 multiprocessors. So where tiles o
 the codes are cut into stretches as well, and their winners meet in a small second reduction.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.program import Program
 
 POINTS = 64  # of a tile; as many codes. 64 x 64 leaves room for three programs a multiprocessor.
 CODES = 64
@@ -162,3 +165,24 @@ def search(points: Tensor, codes: Tensor) -> Tensor:
         )
     # The first of equal scores is of the stretch with the lower codes.
     return index[0] if spans == 1 else index.gather(0, low.argmin(0, keepdim=True))[0]
+
+
+def programs() -> Iterator[Program]:
+    """Yield the search at the widths of known tokenizers and at awkward ones."""
+    types = {
+        "points_ptr": "*fp32", "codes_ptr": "*fp32", "squares_ptr": "*fp32", "low_ptr": "*fp32",
+        "index_ptr": "*i64", "points_n": "i32", "codes_n": "i32", "span": "i32",
+    }  # fmt: skip
+    for width in (4, 8, 12, 64, 100, 256):
+        kernel, constants, options = launch(width)
+        yield Program(
+            name=f"vq_lookup D={width}",
+            kernel=kernel,
+            types=types,
+            constants=constants,
+            options=options,
+            products="fp32",
+            # One index is kept in local memory: a load beside 1000 multiply-adds.
+            allowance={89: 8, 100: 8},
+            core=width == 64,
+        )

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from kernels.attention import Backend
 from tokenizer.cli import InputError
 from tokenizer.files import atomic_write
 from visual_sentences.vocab import Vocab
@@ -174,6 +175,8 @@ class Run:
     """One document a row: sentences packed together read each other, as in LVM's release."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute type; weights and optimiser state stay fp32."""
+    attention: Backend = "auto"
+    """Which attention runs; auto takes what was measured to be fastest on the device."""
     z_loss: float = 0.0
     """Weight of the mean squared log-partition added to the loss (PaLM, section 5)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -206,7 +209,7 @@ class Run:
 
 
 FREE = frozenset({
-    "out", "data", "steps", "seconds", "device", "workers", "micro_rows", "keep",
+    "out", "data", "steps", "seconds", "device", "workers", "micro_rows", "attention", "keep",
     "log_every", "save_every", "eval_every", "eval_rows",
 })  # fmt: skip
 """Values of a run that may differ when it is resumed: they change no number of what is learnt, or,

@@ -17,7 +17,8 @@ B batch, T positions.
 import torch
 from torch import Tensor
 
-from kernels.attention import Backend, Mask, resolve
+from kernels.attention import Backend, resolve
+from kernels.mask import Mask
 
 
 def allowed(doc: Tensor, block: Tensor, island: Tensor | None = None) -> Tensor:
@@ -47,13 +48,23 @@ def intervals(doc: Tensor, block: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_mask(
-    doc: Tensor, block: Tensor, island: Tensor | None = None, *, backend: Backend = "auto"
+    doc: Tensor,
+    block: Tensor,
+    island: Tensor | None = None,
+    *,
+    exact: bool = False,
+    backend: Backend = "auto",
 ) -> Mask:
-    """Return the mask value of a batch, in the form that `backend` wants, for all layers."""
+    """Return the mask value of a batch, in the form that `backend` wants, for all layers.
+
+    `exact` as in `Mask.interval`. With islands `backend` is "auto", "flex" or "sdpa".
+    """
     if island is not None:
-        return Mask(dense=allowed(doc, block, island))
-    lo, hi = intervals(doc, block)
-    return resolve(Mask.interval(lo, hi), doc.shape[1], backend=backend)
+        mask = Mask(dense=allowed(doc, block, island))
+    else:
+        mask = Mask.interval(*intervals(doc, block), exact=exact)
+    length = doc.shape[1]
+    return resolve(mask, queries=length, keys=length, device=doc.device, backend=backend)
 
 
 def leaks(reads: Tensor, ids: Tensor, labels: Tensor, doc: Tensor, *, ignore: int) -> Tensor:

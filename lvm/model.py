@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.attention import Backend, Mask, attention
+from kernels.attention import attention, resolve
+from kernels.mask import Mask
 from lvm.config import ModelConfig, Reads
 
 
@@ -75,7 +76,6 @@ class Attention(nn.Module):
         angles: tuple[Tensor, Tensor],
         mask: Mask,
         *,
-        backend: Backend,
         cache: Cache | None,
         layer: int,
     ) -> Tensor:
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *angles), rotate(k, *angles)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        y = attention(q, k, v, mask, backend=backend)
+        y = attention(q, k, v, mask)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
@@ -115,12 +115,11 @@ class Block(nn.Module):
         angles: tuple[Tensor, Tensor],
         mask: Mask,
         *,
-        backend: Backend = "auto",
         cache: Cache | None = None,
         layer: int = 0,
     ) -> Tensor:
         h = self.attn_norm(x)
-        x = x + self.attn(h, angles, mask, backend=backend, cache=cache, layer=layer)
+        x = x + self.attn(h, angles, mask, cache=cache, layer=layer)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -158,7 +157,6 @@ class Transformer(nn.Module):
         pos: Tensor | None = None,
         mask: Mask | None = None,
         cache: Cache | None = None,
-        backend: Backend = "auto",
     ) -> Tensor:
         """Return the normalised residual stream [B, T, D] of ids [B, T].
 
@@ -180,10 +178,11 @@ class Transformer(nn.Module):
                 )
                 hi = hi.expand_as(ids)
                 mask = Mask.interval(torch.zeros_like(hi), hi)
+            mask = resolve(mask, queries=steps, keys=start + steps, device=ids.device)
         angles = rotary(pos, dim=self.config.dim, theta=self.config.rope_theta)
         x = self.embed(ids)
         for i, block in enumerate(self.layers):
-            x = block(x, angles, mask, backend=backend, cache=cache, layer=i)
+            x = block(x, angles, mask, cache=cache, layer=i)
         if cache is not None:
             cache.length += steps
         return self.norm(x)
@@ -195,10 +194,9 @@ class Transformer(nn.Module):
         pos: Tensor | None = None,
         mask: Mask | None = None,
         cache: Cache | None = None,
-        backend: Backend = "auto",
     ) -> Tensor:
         """Return logits [B, T, V] of ids [B, T]; arguments as in `features`."""
-        return self.head(self.features(ids, pos=pos, mask=mask, cache=cache, backend=backend))
+        return self.head(self.features(ids, pos=pos, mask=mask, cache=cache))
 
 
 def build(config: ModelConfig, *, seed: int, reads: Reads | None = None) -> Transformer:

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kernels.attention import choose
+from kernels.mask import Mask
 from lvm import metrics
 from lvm.checkpoint import Phase, Trainer
 from lvm.config import Reads, Run, differences
@@ -40,6 +42,10 @@ def resolve(run: Run, manifest: Manifest, world: World) -> Run:
         raise InputError(
             f"--eval-rows {run.eval_rows} is not a number of rows; --eval-every 0 validates never"
         )
+    try:
+        choose(run.attention, Mask(causal=True), world.device)
+    except ValueError as error:
+        raise InputError(f"--attention {run.attention}: {error}") from error
     return replace(run, micro_rows=micro, model=replace(run.model, vocab_size=width))
 
 

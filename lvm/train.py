@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kernels.attention import densify
+from kernels.attention import Backend
+from kernels.mask import densify, is_exact
 from lvm import checkpoint, metrics, optim, parallel
 from lvm.checkpoint import Trainer
 from lvm.config import Run
@@ -48,14 +49,18 @@ PROG = "python -m lvm.train"
 class Learner(nn.Module):
     """The trunk and its term as one module, so that FSDP gathers the head within its forward."""
 
-    def __init__(self, model: Transformer, *, z_loss: float = 0.0) -> None:
+    def __init__(
+        self, model: Transformer, *, z_loss: float = 0.0, attention: Backend = "auto"
+    ) -> None:
         super().__init__()
-        self.model, self.z_loss = model, z_loss
+        self.model, self.z_loss, self.attention = model, z_loss, attention
 
     def forward(self, batch: Batch) -> Sums:
-        mask = attention_mask(batch.doc, batch.block, batch.island)
-        logits = self.model(batch.ids, pos=batch.pos, mask=mask)
-        return next_code(logits, batch.labels, z_loss=self.z_loss)
+        mask = attention_mask(
+            batch.doc, batch.block, batch.island, exact=batch.exact, backend=self.attention
+        )
+        features = self.model.features(batch.ids, pos=batch.pos, mask=mask)
+        return next_code(features, self.model.head.weight, batch.labels, z_loss=self.z_loss)
 
 
 def backward(learner: nn.Module, batch: Batch, *, run: Run, world: World) -> Tensor:
@@ -78,8 +83,11 @@ def backward(learner: nn.Module, batch: Batch, *, run: Run, world: World) -> Ten
 def refuse_leaks(batch: Batch) -> None:
     """Raise CommandError if the mask lets a position read the input that is its own label."""
     for row in batch.split(1):
-        reads = densify(attention_mask(row.doc, row.block, row.island), row.ids.shape[1])
+        mask = attention_mask(row.doc, row.block, row.island, backend="sdpa")
+        reads = densify(mask, row.ids.shape[1])
         assert reads is not None, "a packed batch has an interval mask"
+        if row.exact and mask.lo is not None and mask.hi is not None:
+            assert bool(is_exact(mask.lo, mask.hi)), "documents start at multiples of 128"
         if found := int(leaks(reads, row.ids, row.labels, row.doc, ignore=IGNORE)):
             raise CommandError(
                 f"{found} positions of the first batch may read their own label; a model trained "
@@ -97,7 +105,7 @@ class Training:
         self.out = Path(run.out)
         self.first = self.saved = trainer.step
         model = build(run.model, seed=run.seed)
-        self.learner = Learner(model, z_loss=run.z_loss)
+        self.learner = Learner(model, z_loss=run.z_loss, attention=run.attention)
         parallel.shard(self.learner, model.layers, world, precision=run.precision)
         self.parameters = list(self.learner.parameters())
         self.optimisers = optim.optimisers(self.learner, run.optim)

@@ -1,7 +1,7 @@
 """What a model reads: ids, labels and the integer vectors of the mask rule."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Batch:
         pos     [B, T] int32   position for the rotary embedding; starts again at each document
         island  [B, T] int32   or None where there are none
         source  [B]    int32   which source of the manifest the row comes from
+        exact   bool           each 128 positions, from 0 on, are of one document and causal, which
+                               spares a kernel the bounds of single positions
     """
 
     ids: Tensor
@@ -32,6 +34,7 @@ class Batch:
     pos: Tensor
     source: Tensor
     island: Tensor | None = None
+    exact: bool = False
 
     @property
     def rows(self) -> int:
@@ -43,7 +46,7 @@ class Batch:
         return self.ids.numel()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in self._tensors().items()
         }
@@ -53,11 +56,12 @@ class Batch:
         """Cut into micro-batches of at most `rows` rows; the tensors are views."""
         if rows < 1:
             raise ValueError(f"a micro-batch has at least one row, not {rows}")
-        return [
-            replace(self, **{k: v[first : first + rows] for k, v in self._tensors().items()})
-            for first in range(0, self.rows, rows)
-        ]
+        return [self._cut(slice(first, first + rows)) for first in range(0, self.rows, rows)]
+
+    def _cut(self, part: slice) -> Self:
+        views: dict[str, Any] = {name: value[part] for name, value in self._tensors().items()}
+        return replace(self, **views)
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}

@@ -6,6 +6,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from kernels.mask import EXACT
 from visual_sentences.batch import IGNORE, Batch
 from visual_sentences.vocab import Vocab
 
@@ -101,6 +102,7 @@ def pack(rows: Rows, *, layout: Layout, vocab: Vocab, whole_rows: bool = False) 
         block=place.contiguous(),
         pos=place - begin,
         source=rows.source,
+        exact=vocab.codes_per_image % EXACT == 0,
     )
 
 

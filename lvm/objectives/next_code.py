@@ -1,9 +1,9 @@
 """Next code: cross-entropy over the whole table at every position that has a label (LVM)."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cross_entropy import linear_cross_entropy
 from lvm.objectives import Sums
 from visual_sentences.batch import IGNORE
 
@@ -16,16 +16,13 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
     return flat.view_as(labels)
 
 
-def next_code(logits: Tensor, labels: Tensor, *, z_loss: float = 0.0) -> Sums:
-    """Sum cross-entropy of logits [B, T, V] on labels [B, T]; positions of IGNORE count nothing.
+def next_code(features: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0) -> Sums:
+    """Sum cross-entropy of the head weight [V, D] on features [B, T, D] and labels [B, T].
 
-    `z_loss` adds z_loss · log²Z of the softmax normaliser at each position that counts.
+    Positions of IGNORE count nothing. `z_loss` adds z_loss · log²Z of the softmax normaliser at
+    each position that counts. Logits [B, T, V] never exist at once: see kernels.cross_entropy.
     """
-    counts = labels != IGNORE
-    nll = token_nll(logits, labels).sum()
-    loss = nll
-    if z_loss:
-        loss = nll + z_loss * (logits.float().logsumexp(-1).square() * counts).sum()
-    with torch.no_grad():
-        correct = ((logits.argmax(-1) == labels) & counts).sum()
-    return Sums(loss=loss, count=counts.sum(), nll=nll.detach(), correct=correct)
+    found = linear_cross_entropy(
+        features.flatten(0, 1), weight, labels.flatten(), ignore=IGNORE, z_loss=z_loss
+    )
+    return Sums(loss=found.loss, count=found.count, nll=found.nll, correct=found.correct)

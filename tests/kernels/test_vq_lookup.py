@@ -1,14 +1,5 @@
-"""Code search: every backend against float64, ties, and what the kernel compiles to.
+"""Code search: every backend against float64, and ties."""
 
-Triton reads TRITON_INTERPRET when a kernel is decorated, so its cases run in one process of their
-own, which is this file as a program; the compiler runs in another without it.
-"""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -23,8 +14,6 @@ from kernels.vq_lookup import (
     vq_lookup,
     vq_lookup_reference,
 )
-
-ROOT = Path(__file__).parents[2]
 
 # N points, K codes, D width. Widths of either kernel (narrow to 8, wide above), one chunk and many,
 # powers of two and not; N and K at, below and over a tile of 64; one image of many stretches.
@@ -138,60 +127,9 @@ def test_torch_search(check, rng):
     check("torch", rng)
 
 
-def run(*command, **env):
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
-    paths = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *command], env={**clean, **paths, **env}, capture_output=True, text=True
-    )
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
-    """What went wrong in each check with the kernels interpreted on the CPU."""
-    pytest.importorskip("triton")
-    cache = str(tmp_path_factory.mktemp("triton"))
-    result = run(__file__, TRITON_INTERPRET="1", TRITON_CACHE_DIR=cache)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 @pytest.mark.parametrize("check", KERNEL_CHECKS, ids=lambda check: check.__name__)
 def test_interpreted_triton_search(check, interpreted):
-    assert interpreted[check.__name__] == ""
-
-
-@pytest.fixture(scope="module")
-def report(tmp_path_factory):
-    """The rows of `python -m kernels.report` for sm_90, which exits 1 if a limit is broken."""
-    pytest.importorskip("triton")
-    cache = str(tmp_path_factory.mktemp("triton"))
-    result = run("-m", "kernels.report", "--arch", "90", TRITON_CACHE_DIR=cache)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout.splitlines()[-1])["rows"]
-
-
-def test_compiled_search_is_fp32_and_spills_nothing(report):
-    rows = [row for row in report if row["kernel"].startswith("vq_lookup")]
-    assert {int(row["kernel"].split("=")[1]) for row in rows} >= {4, 8, 12, 64, 100, 256}
-    for row in rows:
-        assert (row["stack"], row["tensor"], row["faults"]) == (0, 0, [])
-        assert row["FFMA"] >= 64 and row["shared"] <= 227 << 10
-        assert row["registers"] * 32 * 4 <= 1 << 16  # of four warps at least
-
-
-def test_the_report_names_what_breaks_a_limit():
-    pytest.importorskip("triton")
-    from collections import Counter
-
-    from kernels.report import Program, Usage, faults
-
-    program = Program(name="x", kernel=None, types={}, constants={}, options={}, ieee=True)
-    ops = Counter(HGMMA=2, FFMA=1)
-    bad = Usage(registers=255, stack=8, shared=228 << 10, instructions=ops)
-    assert [f.split()[0] for f in faults(program, bad, 90)] == ["8", "233472", "2"]
-    good = Usage(registers=255, stack=0, shared=227 << 10, instructions=Counter(FFMA=1))
-    assert faults(program, good, 90) == []
+    assert interpreted(__file__)[check.__name__] == ""
 
 
 def test_the_first_of_equal_scores_is_found_as_argmin_finds_it(rng):
@@ -275,17 +213,7 @@ def test_offsets_past_32_bits_on_a_gpu(width):
     assert vq_lookup(points, codes, backend="triton").tolist() == [0, count - 1]
 
 
-def main():
-    """Run every check on interpreted kernels; print what each raised."""
-    raised = {}
-    for check in KERNEL_CHECKS:
-        try:
-            check("triton", torch.Generator().manual_seed(0))
-            raised[check.__name__] = ""
-        except Exception as error:
-            raised[check.__name__] = f"{type(error).__name__}: {error}"
-    print(json.dumps(raised))
-
-
 if __name__ == "__main__":
-    main()
+    from interpreter import main
+
+    main(KERNEL_CHECKS, "triton")

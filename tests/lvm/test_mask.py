@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from kernels.attention import densify
+from kernels.mask import densify, is_exact
 from lvm.mask import allowed, attention_mask, intervals, leaks
+from visual_sentences.pack import Rows, pack
+from visual_sentences.vocab import Vocab
 
 
 def slow_rule(doc, block, island):
@@ -85,3 +87,24 @@ def test_a_label_that_can_be_read_is_counted():
     assert leaks(everything, ids, labels, doc, ignore=-100) == 3
     with pytest.raises(AssertionError, match="not the next inputs"):
         leaks(everything, ids, labels + 1, doc, ignore=-100)
+
+
+@pytest.mark.parametrize(("per_image", "exact"), [(128, True), (256, True), (64, False)])
+@pytest.mark.parametrize("whole_rows", [False, True])
+def test_packed_batches_say_rightly_that_they_are_exact(per_image, exact, whole_rows):
+    """Rows of four images: one document, two, and one and padding."""
+    vocab = Vocab(codes=10, codes_per_image=per_image)
+    n = per_image
+    rows = Rows(
+        tokens=torch.zeros(3, 4 * n, dtype=torch.int32),
+        starts=torch.tensor([[0, -1], [0, n], [0, -1]], dtype=torch.int32),
+        length=torch.tensor([4 * n, 4 * n, 3 * n], dtype=torch.int32),
+        source=torch.zeros(3, dtype=torch.int32),
+    )
+    for layout in ("bos", "none"):
+        batch = pack(rows, layout=layout, vocab=vocab, whole_rows=whole_rows)
+        assert batch.exact is exact
+        assert batch.split(2)[1].exact is exact and batch.to("cpu").exact is exact
+        assert bool(is_exact(*intervals(batch.doc, batch.block))) is exact
+        mask = attention_mask(batch.doc, batch.block, exact=batch.exact)
+        assert mask.exact is exact

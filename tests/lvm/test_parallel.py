@@ -38,7 +38,7 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in lines]
 
 
-def on_ranks(runs: list[Run], folder: Path, *, world: int = 2) -> None:
+def on_ranks(runs: list[Run], folder: Path, *, world: int = 2, **env: str) -> None:
     listing = folder / "runs.json"
     listing.write_text(json.dumps([run.to_json() for run in runs]))
     with ExitStack() as stack:  # all open at once, so that the ports differ
@@ -53,6 +53,7 @@ def on_ranks(runs: list[Run], folder: Path, *, world: int = 2) -> None:
         "WORLD_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
         "PORTS": ports,
+        **env,
     }
     ranks = [
         subprocess.Popen(
@@ -173,3 +174,23 @@ def test_bf16_leaves_weights_in_fp32():
     with compute(here, precision="fp32"):
         assert layer(torch.ones(1, 4)).dtype == torch.float32
     assert layer.weight.dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_our_attention_under_fsdp_learns_what_sdpa_learns_on_one_process(data, tmp_path):
+    """Two gloo ranks with kernels that triton interprets; three updates through the real loop."""
+    pytest.importorskip("triton")
+    one = replace(small(data, tmp_path / "one"), steps=3)
+    train(one)
+    two = replace(one, out=str(tmp_path / "two"), attention="triton")
+    first = replace(one, out=str(tmp_path / "sgd.pt"), model=replace(one.model, vocab_size=128))
+    cache = {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    on_ranks([first, two], tmp_path, **cache)
+    # fp32 kernels in another order of sums: 3e-7 a layer, through AdamW's division by small roots.
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_attention_that_cannot_run_here_is_refused_before_anything_is_written(data, tmp_path):
+    with pytest.raises(InputError, match=r"--attention triton.*wanted cuda"):
+        train(replace(small(data, tmp_path / "run"), attention="triton"))
+    assert not (tmp_path / "run").exists()
