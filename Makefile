@@ -17,7 +17,8 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 TRITON ?= 3.9.0
 OLD_TRITON := 3.6.0
-BENCH ?= attention
+BENCH ?= kernels
+ARGS ?=
 DEMO ?= quick
 RUN ?= runs/demo
 
@@ -88,18 +89,20 @@ gate-write: $(VENV)/dev $(VENV)/triton-$(OLD_TRITON)
 	PYTHONPATH=$(VENV)/triton-$(OLD_TRITON) $(PY) -m kernels.report --write
 
 # What is timed by which program.
-BENCH_attention := kernels.bench
+BENCH_kernels := kernels.bench
+BENCH_attention := kernels.bench --only attention
+BENCH_training := lvm.bench --training
 BENCH_encode := tokenizer.bench
 BENCH_build := visual_sentences.bench_build
 BENCH_loader := visual_sentences.bench_loader
 BENCH_generate := lvm.bench
-BENCH_MODULE = $(or $(BENCH_$(BENCH)),$(error BENCH=$(BENCH): wanted attention, encode, build, loader or generate))
+BENCH_MODULE = $(or $(BENCH_$(BENCH)),$(error BENCH=$(BENCH): wanted kernels, attention, training, encode, build, loader or generate))
 
 bench: $(VENV)/dev
-	@$(PY) -m $(BENCH_MODULE)
+	@$(PY) -m $(BENCH_MODULE) $(ARGS)
 
 bench-gpu:
-	@$(PY) -m $(BENCH_MODULE) --device cuda
+	@$(PY) -m $(BENCH_MODULE) --device cuda $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build dist *.egg-info

@@ -28,8 +28,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.backend import has_triton
 from kernels.mask import Mask, bounds, densify, padded
-from kernels.vq_lookup import has_triton
 
 Backend = Literal["auto", "triton", "flex", "sdpa"]
 
@@ -57,8 +57,11 @@ def attention_reference(
 
 
 @functools.cache
-def measured(capability: str) -> dict[str, Backend]:
-    """Return the fastest backend of each kind of mask on an architecture; {} where unmeasured."""
+def measured(capability: str) -> dict[str, Any]:
+    """Return the fastest backend of each kind of mask on an architecture; {} where unmeasured.
+
+    Beside the kinds "measured" says on what device, when and with what software.
+    """
     return json.loads(MEASURED.read_text(encoding="utf-8")).get(capability, {})
 
 

@@ -220,7 +220,7 @@ def forward_kernel(
         scores = tl.where(reads, scores, float("-inf"))
         v = load_tile(v_src, b, g, key, keys, v_b, v_h, v_t, BN, D, BD, TMA, True)
         acc, total, top = softmax_step(acc, total, top, scores, v, c, True)
-    empty = (total == 0.0) | (rows >= queries)
+    empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     log = tl.where(empty, float("inf"), top + tl.math.log2(total))
     tl.store(log_ptr + (b * heads + h).to(tl.int64) * padded + rows, log)

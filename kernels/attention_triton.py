@@ -97,11 +97,7 @@ def fits_tma(*tensors: Tensor) -> bool:
     """Say whether tensor maps can describe [B, H, T, D]: starts and strides of 16 bytes."""
     return all(
         x.data_ptr() % 16 == 0
-        and all(
-            stride > 0 and stride * x.element_size() % 16 == 0
-            for stride, size in zip(x.stride()[:3], x.shape[:3], strict=True)
-            if size > 1
-        )
+        and all(stride > 0 and stride * x.element_size() % 16 == 0 for stride in x.stride()[:3])
         for x in tensors
     )
 
@@ -170,7 +166,7 @@ class Launch:
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     """Return o as q, and the logarithms fp32 [B, H, T rounded up to 128]; arguments as `attention`.
 
-    The last dimension of q, k, v is contiguous. Rows past T have logarithm +inf: no gradient.
+    The last dimension of q, k, v is contiguous. Rows past T are zeros, and so are their gradients.
     """
     (batch, heads, queries, dim), keys = q.shape, k.shape[2]
     o, log = like(q), q.new_empty(batch, heads, padded(queries), dtype=torch.float32)

@@ -31,13 +31,13 @@ bf16 dz is rounded to bf16 before its products, as autograd rounds it.
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Backend = Literal["auto", "triton", "torch"]
+from kernels.backend import Backend, choose
 
 # The table of logits: most rows, most entries. On a GPU 128 MiB in bf16, 8192 rows of 8320, for
 # products large enough to fill it. On a CPU 16 MiB in fp32; 512 rows, as more fall out of the cache
@@ -280,28 +280,6 @@ def scale_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | N
 cross_entropy_op.register_autograd(scale_gradients, setup_context=keep_gradients)
 
 
-def has_triton() -> bool:
-    """Say whether triton imports here."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def choose(backend: Backend, device: torch.device) -> str:
-    """Return the backend that `auto` stands for on this device; refuse names that are unknown."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"cross-entropy backend {backend!r}: wanted one of {get_args(Backend)}")
-    if backend == "auto":
-        return "triton" if device.type == "cuda" and has_triton() else "torch"
-    if backend == "triton" and not has_triton():
-        raise ValueError(
-            "cross-entropy backend 'triton': triton does not import here; take 'torch'"
-        )
-    return backend
-
-
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -367,7 +345,7 @@ def linear_cross_entropy(
         soft_weight,
         temperature,
         dtype,
-        choose(backend, x.device),
+        choose(backend, x.device, what="cross-entropy"),
         wanted and x.requires_grad,
         wanted and weight.requires_grad,
     )

@@ -39,14 +39,12 @@ Inference only: no gradient passes.
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from kernels.vq_lookup import has_triton
+from kernels.backend import Backend, choose
 
-Backend = Literal["auto", "triton", "torch"]
 Cache = tuple[Tensor, Tensor, Tensor]  # k, v [N, G, S, D], lengths int32 [N]
 Part = tuple[Tensor, Tensor]  # results [..., D] and their natural LSE [...], fp32
 
@@ -164,17 +162,6 @@ def attend_torch(q: Tensor, caches: Sequence[Cache], scale: float, *, masked: bo
     return (merge(*parts) if len(parts) > 1 else parts[0][0]).to(q.dtype).contiguous()
 
 
-def choose(backend: Backend, device: torch.device) -> str:
-    """Return the backend that `auto` stands for on this device; refuse names that are unknown."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"decode backend {backend!r}: wanted one of {get_args(Backend)}")
-    if backend == "auto":
-        return "triton" if device.type == "cuda" and has_triton() else "torch"
-    if backend == "triton" and not has_triton():
-        raise ValueError("decode backend 'triton': triton does not import here; take 'torch'")
-    return backend
-
-
 def attend(
     q: Tensor,
     k: list[Tensor],
@@ -243,7 +230,7 @@ def check(q: Tensor, caches: Sequence[Cache]) -> None:
 def dispatch(q: Tensor, caches: Sequence[Cache], scale: float | None, backend: Backend) -> Tensor:
     """Check the arguments and run the operator, or what it runs."""
     check(q, caches)
-    chosen = choose(backend, q.device)
+    chosen = choose(backend, q.device, what="decode")
     if chosen == "triton" and q.shape[2] > WIDEST:
         raise ValueError(
             f"decode of head dimension {q.shape[2]} by triton: wanted at most {WIDEST}; "

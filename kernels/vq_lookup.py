@@ -14,12 +14,10 @@ which the caller scales: training needs the scaled points too, and a norm summed
 order than `F.normalize`'s would decide near-ties otherwise.
 """
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "triton", "torch"]
+from kernels.backend import Backend, choose
 
 # 16 MiB on a CPU, 64 elsewhere. One table is written again and again and found in the cache; at 64
 # MiB it is not, and below 4 MiB two threads wait for each other more than they work.
@@ -64,26 +62,6 @@ def search_tables(points: Tensor, codes: Tensor) -> Tensor:
     )
 
 
-def has_triton() -> bool:
-    """Say whether triton imports here."""
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def choose(backend: Backend, device: torch.device) -> str:
-    """Return the backend that `auto` stands for on this device; refuse names that are unknown."""
-    if backend not in get_args(Backend):
-        raise ValueError(f"lookup backend {backend!r}: wanted one of {get_args(Backend)}")
-    if backend == "auto":
-        return "triton" if device.type == "cuda" and has_triton() else "torch"
-    if backend == "triton" and not has_triton():
-        raise ValueError("lookup backend 'triton': triton does not import here; take 'torch'")
-    return backend
-
-
 # One opaque operator: torch.compile then neither unrolls the loop over tables nor looks into the
 # kernel. `triton_op`, which it could look into, refuses kernels that triton interprets.
 @torch.library.custom_op("kernels::vq_lookup", mutates_args=())
@@ -116,4 +94,4 @@ def vq_lookup(points: Tensor, codes: Tensor, *, backend: Backend = "auto") -> Te
             f"lookup of points {tuple(points.shape)} in codes {tuple(codes.shape)}: "
             "wanted [N, D] and [K, D] with K at least 1"
         )
-    return lookup_op(points.detach(), codes.detach(), choose(backend, points.device))
+    return lookup_op(points.detach(), codes.detach(), choose(backend, points.device, what="lookup"))

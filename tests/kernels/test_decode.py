@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import decode
 from kernels.decode import (
     attend_torch,
-    choose,
     decode_attention,
     decode_op,
     decode_reference,
@@ -327,22 +326,15 @@ def test_bad_arguments_are_named(rng, monkeypatch):
         shared_prefix_attention(q, k[:2, :1], v[:2, :1], n[:2], k, v, n)
     with pytest.raises(ValueError, match=r"'sdpa'.*auto"):
         decode_attention(q, k, v, n, backend="sdpa")
-    monkeypatch.setattr(decode, "has_triton", lambda: True)
+    monkeypatch.setattr("kernels.backend.has_triton", lambda: True)
     wide = queries(4, 2, 256, rng)
     wide_cache = cache(4, 2, 7, 256, [7] * 4, rng)
     with pytest.raises(ValueError, match=r"256 by triton.*torch"):
         decode_attention(wide, *wide_cache, backend="triton")
     close(decode_attention(wide, *wide_cache), decode_reference(wide, *wide_cache))
-    monkeypatch.setattr(decode, "has_triton", lambda: False)
+    monkeypatch.setattr("kernels.backend.has_triton", lambda: False)
     with pytest.raises(ValueError, match="take 'torch'"):
         decode_attention(q, k, v, n, backend="triton")
-
-
-def test_auto_is_triton_on_cuda_where_it_imports(monkeypatch):
-    for there in (True, False):
-        monkeypatch.setattr(decode, "has_triton", lambda there=there: there)
-        assert choose("auto", torch.device("cpu")) == "torch"
-        assert choose("auto", torch.device("cuda")) == ("triton" if there else "torch")
 
 
 gpu = [

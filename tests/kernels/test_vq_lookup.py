@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from kernels.vq_lookup import (
     TABLE_ENTRIES,
-    choose,
     first_lowest,
     lookup_op,
     vq_lookup,
@@ -157,16 +156,9 @@ def test_bad_arguments_are_named(monkeypatch):
         vq_lookup(points, torch.zeros(0, 3))
     with pytest.raises(ValueError, match=r"'cuda'.*auto"):
         vq_lookup(points, points, backend="cuda")
-    monkeypatch.setattr("kernels.vq_lookup.has_triton", lambda: False)
+    monkeypatch.setattr("kernels.backend.has_triton", lambda: False)
     with pytest.raises(ValueError, match="take 'torch'"):
         vq_lookup(points, points, backend="triton")
-
-
-def test_auto_is_triton_on_cuda_where_it_imports(monkeypatch):
-    for there in (True, False):
-        monkeypatch.setattr("kernels.vq_lookup.has_triton", lambda there=there: there)
-        assert choose("auto", torch.device("cpu")) == "torch"
-        assert choose("auto", torch.device("cuda")) == ("triton" if there else "torch")
 
 
 @pytest.mark.gpu
