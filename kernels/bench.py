@@ -1,152 +1,206 @@
-"""Time attention in bf16 and code search in fp32: python -m kernels.bench [--device cuda].
+"""Check and time every kernel beside its rivals: python -m kernels.bench [--device cuda].
 
-Prints one line a case, with TFLOP/s counted over the pairs that the mask allows and pairs of point
-and code a second, then one JSON line with the device and the versions, for docs/benchmarks.md.
-argparse, since a GPU host may have torch and little else.
+    checks          attention in every shipped configuration against float64 (no timing)
+    attention       masks of visual sentences at the shapes of LVM: ours, SDPA, FlexAttention, eager
+    decode          candidates of one prompt: own caches and a shared one
+    cross_entropy   the linear head and its loss, with peak memory
+    elementwise     RMSNorm, SwiGLU, RoPE: ours, torch eager and compiled
+    lookup          the nearest code of a tokenizer
+
+All of them within eight minutes on an H100, a minute or two on a CPU; `--only attention decode`
+selects. Whatever is timed is compared with float64 first, on the device and at its size. A line a
+result, printed at once; after each table a line of JSON with device and software, which `--out DIR`
+keeps in DIR/kernels.json beside a plot. The exit code is 1 if anything of ours was wrong or did not
+run; a rival that does not run is a line and no more.
 """
 
-import argparse
 import json
-import platform
-import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping
-from datetime import date
+from argparse import ArgumentParser
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 
-from kernels.attention import Mask, attention, densify, resolve
-from kernels.vq_lookup import Backend, has_triton, vq_lookup
+from kernels import (
+    bench_attention,
+    bench_checks,
+    bench_cross_entropy,
+    bench_decode,
+    bench_elementwise,
+    bench_lookup,
+)
+from kernels.attention import MEASURED, Backend
+from kernels.bench_attention import CHOSEN, OURS
+from kernels.bench_case import Bench
+from kernels.timing import Lost, Row, about, in_json, options
+
+TABLES: dict[str, Callable[[Bench], None]] = {
+    "checks": bench_checks.verify_all,
+    "attention": bench_attention.table,
+    "decode": bench_decode.table,
+    "cross_entropy": bench_cross_entropy.table,
+    "elementwise": bench_elementwise.table,
+    "lookup": bench_lookup.table,
+}
 
 
-def seconds(body: Callable[[], object], *, device: str, repeats: int) -> float:
-    """Return the median time of a call, after one that warms up."""
-    times = []
-    for i in range(repeats + 1):
-        start = time.perf_counter()
-        body()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        if i:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def keep(bench: Bench, folder: Path, here: Row) -> None:
+    """Write the tables to kernels.json, in place of those of the same name that it has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "kernels.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"tables": {}}
+    checks = bench.tables.get("checks", [])
+    again = {row["of"] for row in checks}
+    others = [row for row in known["tables"].get("checks", []) if row["of"] not in again]
+    tables = {**known["tables"], **bench.tables, "checks": [*others, *checks]}
+    path.write_text(
+        json.dumps({"about": here, "tables": tables}, indent=1) + "\n", encoding="utf-8"
+    )
 
 
-def masks(rows: int, length: int, device: str) -> dict[str, Mask]:
-    """Return the masks of one document a row, of sixteen, and of four with sixteenths between."""
-    index = torch.arange(length, device=device, dtype=torch.int32).expand(rows, length)
-    image = max(1, length // 16)
-    return {
-        "causal": Mask(causal=True),
-        "packed by 1 image": Mask.interval(index // image * image, index + 1),
-        "packed by 4 images": Mask.interval(index // (4 * image) * (4 * image), index + 1),
-    }
+def plot(rows: Sequence[Row], path: Path) -> bool:
+    """Draw TFLOP/s by mask and backend at the first shape of `rows`; False without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    timed = [row for row in rows if "fwd TFLOP/s" in row]
+    timed = [row for row in timed if row["shape"] == timed[0]["shape"]]
+    if not timed:
+        return True
+    names = list(dict.fromkeys(str(row["mask"]) for row in timed))
+    backends = list(dict.fromkeys(str(row["backend"]) for row in timed))
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    for axes, what in zip(figure.subplots(2, 1), ("fwd", "bwd"), strict=True):
+        for i, backend in enumerate(backends):
+            bars = {
+                names.index(str(row["mask"])): float(str(row[f"{what} TFLOP/s"]))
+                for row in timed
+                if row["backend"] == backend and f"{what} TFLOP/s" in row
+            }
+            if bars:
+                width = 0.85 / len(backends)
+                at = [x + (i - (len(backends) - 1) / 2) * width for x in bars]
+                axes.bar(at, list(bars.values()), width=width, label=backend, color=f"C{i}")
+        axes.set_xticks(range(len(names)), names)
+        axes.set_ylabel(f"{what}, TFLOP/s on allowed pairs")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=len(labels), frameon=False, loc="outside lower center")
+    figure.suptitle(f"Attention, bf16, {timed[0]['shape']} (rows x heads x positions x channels)")
+    figure.savefig(path, dpi=130)
+    return True
 
 
-def attention_table(device: str, *, repeats: int, dtype: torch.dtype) -> list[dict[str, object]]:
-    """Time forward and forward with backward over shapes and masks."""
-    shapes = [(4, 16, 4096, 128), (4, 32, 4096, 100)] if device == "cuda" else [(1, 4, 1024, 64)]
-    table: list[dict[str, object]] = []
-    for rows, heads, length, dim in shapes:
-        q, k, v = (
-            torch.randn(
-                rows, heads, length, dim, device=device, dtype=dtype, requires_grad=True
-            )
-            for _ in range(3)
-        )  # fmt: skip
-        for name, mask in masks(rows, length, device).items():
-            dense = densify(mask, length)
-            pairs = float(length * (length + 1) // 2 if dense is None else int(dense[0].sum()))
-            prepared = resolve(mask, length)
+def fastest(rows: Sequence[Row], *, without: Sequence[str] = ()) -> dict[str, str]:
+    """Return for each kind of mask the backend of the least forward and backward time.
 
-            def forward() -> torch.Tensor:
-                return attention(q, k, v, prepared)  # noqa: B023 - called before the next turn
-
-            def both() -> None:
-                forward().sum().backward()
-
-            flops = 4.0 * rows * heads * dim * pairs
-            fwd = seconds(forward, device=device, repeats=repeats)
-            all_ = seconds(both, device=device, repeats=repeats)
-            table.append(
-                {
-                    "shape": f"{rows}x{heads}x{length}x{dim}",
-                    "mask": name,
-                    "fwd ms": round(fwd * 1e3, 3),
-                    "fwd+bwd ms": round(all_ * 1e3, 3),
-                    "fwd TFLOP/s": round(flops / fwd / 1e12, 4),
-                    "fwd+bwd TFLOP/s": round(3.5 * flops / all_ / 1e12, 4),
-                }
-            )
-    return table
-
-
-def lookup_table(device: str, *, repeats: int) -> list[dict[str, object]]:
-    """Time the nearest code of the images of one batch, and of one image, by each backend."""
-    shapes = {"muse": (8192, 64), "LlamaGen": (16384, 8), "taming": (1024, 256)}
-    backends: list[Backend] = ["torch"]
-    if device == "cuda" and has_triton():
-        backends.append("triton")
-    table: list[dict[str, object]] = []
-    for name, (count, width) in shapes.items():
-        codes = torch.randn(count, width, device=device)
-        for images in (1, 64) if device == "cuda" else (1, 8):
-            points = torch.randn(256 * images, width, device=device)
-            for backend in backends:
-
-                def search() -> torch.Tensor:
-                    return vq_lookup(points, codes, backend=backend)  # noqa: B023 - called at once
-
-                took = seconds(search, device=device, repeats=repeats)
-                table.append(
-                    {
-                        "codebook": f"{name} {count}x{width}",
-                        "points": len(points),
-                        "backend": backend,
-                        "ms": round(took * 1e3, 3),
-                        "Gpairs/s": round(len(points) * count / took / 1e9, 3),
-                    }
-                )
-    return table
-
-
-def options(
-    prog: str, description: str | None, *, folders: Mapping[str, str] | None = None
-) -> argparse.Namespace:
-    """Parse device and repeats, which every benchmark takes, and `folders`: name → its help."""
-    parser = argparse.ArgumentParser(prog=prog, description=description)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--repeats", type=int, default=10, help="timed calls; the median counts")
-    for name, text in (folders or {}).items():
-        parser.add_argument(f"--{name}", type=Path, help=text)
-    found = parser.parse_args()
-    if found.device == "cuda" and not torch.cuda.is_available():
-        parser.exit(1, f"{prog}: no CUDA device here; run it with --device cpu\n")
+    Of `rows` at the shape of 1B the times of the masks of one kind are added; a backend counts that
+    ran and was right on all of them, that `attention` takes, and that is not in `without`.
+    """
+    times: dict[str, dict[str, dict[str, float]]] = {}  # by kind, backend and mask
+    masks: dict[str, set[str]] = {}
+    for row in rows:
+        if not str(row.get("shape")).startswith(f"{CHOSEN} ") or "kind" not in row:
+            continue
+        kind, backend, mask = str(row["kind"]), str(row["backend"]), str(row["mask"])
+        masks.setdefault(kind, set()).add(mask)
+        took = row.get("fwd+bwd ms")
+        if row.get("checked") == "ok" and isinstance(took, float):
+            times.setdefault(kind, {}).setdefault(backend, {})[mask] = took
+    taken = [name for name in get_args(Backend) if name != "auto" and name not in without]
+    found = {}
+    for kind, by in times.items():
+        whole = {
+            name: sum(by[name].values()) for name in taken if set(by.get(name, ())) == masks[kind]
+        }
+        if whole:
+            found[kind] = min(whole, key=lambda name: whole[name])
     return found
 
 
-def report(what: str, device: str, table: list[dict[str, object]]) -> None:
-    """Print the lines of a benchmark and the JSON that names its device and software."""
-    for row in table:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
-    about = {
-        "bench": what,
-        "device": name or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": date.today().isoformat(),
-    }
-    print(json.dumps({**about, "rows": table}))
+def write_choice(bench: Bench, here: Row, paths: Sequence[Path]) -> None:
+    """Write what `auto` takes on this architecture, and who measured, beside those of others.
+
+    Ours is not taken if a check of any of its configurations failed.
+    """
+    wrong = any(
+        row["of"] == "attention" and row.get("backend") in OURS and row.get("verdict") != "ok"
+        for row in bench.tables.get("checks", [])
+    )
+    found = fastest(bench.tables.get("attention", []), without=["triton"] if wrong else [])
+    if not found:
+        print(f"choose: no times at the shape of {CHOSEN}; nothing written", flush=True)
+        return
+    major, minor = torch.cuda.get_device_capability()
+    measured = "{device}, {date}, torch {torch}, triton {triton}".format(**here)
+    for path in paths:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        known[f"sm_{major}{minor}"] = {**found, "measured": measured}
+        path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    print(f"choose: {found} written to {', '.join(map(str, paths))}", flush=True)
 
 
-def main() -> None:
-    found = options("python -m kernels.bench", __doc__)
-    table = attention_table(found.device, repeats=found.repeats, dtype=torch.bfloat16)
-    report("attention", found.device, table)
-    report("vq_lookup", found.device, lookup_table(found.device, repeats=found.repeats))
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--only", nargs="+", choices=list(TABLES), default=list(TABLES))
+    parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.png")
+    parser.add_argument(
+        "--choose", action="store_true",
+        help="write what attention's `auto` takes on this GPU to kernels/backends.json and DIR",
+    )  # fmt: skip
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="begin no case after these"
+    )
+
+
+def go_on(args: Sequence[str], left: Sequence[str], minutes: float) -> None:
+    """Run the tables that are left in a process of their own, whose device is not broken."""
+    several = ["--only", *left, "--minutes", f"{minutes:.2f}"]  # the last of a name counts
+    rest = [arg for arg in args if arg != "--choose"]
+    subprocess.run([sys.executable, "-m", "kernels.bench", *rest, *several], check=False)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    args = sys.argv[1:] if args is None else args
+    found = options("python -m kernels.bench", __doc__, more=add_arguments, args=args)
+    if found.choose and (found.device != "cuda" or "attention" not in found.only):
+        print("python -m kernels.bench: --choose needs --device cuda and the table attention")
+        return 2
+    began = time.monotonic()
+    here = about(found.device)
+    bench = Bench(found.device, found.repeats, until=began + 60 * found.minutes)
+    names = [name for name in TABLES if name in found.only]
+    for i, name in enumerate(names):
+        lost = False
+        try:
+            with bench.guarded(name, {}, ours=True):
+                TABLES[name](bench)
+        except Lost as error:
+            lost = True
+            bench.fail(name, {"device": "lost to this process"}, str(error), ours=True)
+        in_json(name, here, bench.tables.get(name, []))
+        if found.out is not None:
+            keep(bench, found.out, here)
+        print(f"{name}: done after {time.monotonic() - began:.0f} s", flush=True)
+        if lost and names[i + 1 :]:
+            go_on(args, names[i + 1 :], (bench.until - time.monotonic()) / 60)
+        if lost:
+            break
+    rows = bench.tables.get("attention", [])
+    if found.out is not None and rows and not plot(rows, found.out / "kernels.png"):
+        print("no plot: matplotlib does not import here")
+    if found.choose:
+        copies = [] if found.out is None else [found.out / MEASURED.name]
+        write_choice(bench, here, [MEASURED, *copies])
+    for line in [*bench_attention.summary(rows), *(f"BROKEN: {line}" for line in bench.broken)]:
+        print(line)
+    print(f"{len(bench.broken)} broken; {time.monotonic() - began:.0f} s", flush=True)
+    return 1 if bench.broken else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

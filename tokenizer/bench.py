@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import tokenizer
-from kernels.bench import options, report
+from kernels.timing import options, report
 from tokenizer.cli import InputError, guarded
 from tokenizer.config import VQGANConfig
 from tokenizer.encode import BulkEncoder

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 import tokenizer
-from kernels.bench import options, report
+from kernels.timing import options, report
 from tokenizer.cli import guarded
 from tokenizer.encode import BulkEncoder
 from tokenizer.images import encode_image

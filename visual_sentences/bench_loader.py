@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from kernels.bench import options, report
+from kernels.timing import options, report
 from tokenizer.cli import guarded
 from visual_sentences.bench_rivals import BATCH, Stream, in_memmap, ours, streams, write_rows
 from visual_sentences.loader import AHEAD
