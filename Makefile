@@ -92,11 +92,12 @@ gate-write: $(VENV)/dev $(VENV)/triton-$(OLD_TRITON)
 BENCH_kernels := kernels.bench
 BENCH_attention := kernels.bench --only attention
 BENCH_training := lvm.bench --training
+BENCH_train := lvm.bench_train
 BENCH_encode := tokenizer.bench
 BENCH_build := visual_sentences.bench_build
 BENCH_loader := visual_sentences.bench_loader
 BENCH_generate := lvm.bench
-BENCH_MODULE = $(or $(BENCH_$(BENCH)),$(error BENCH=$(BENCH): wanted kernels, attention, training, encode, build, loader or generate))
+BENCH_MODULE = $(or $(BENCH_$(BENCH)),$(error BENCH=$(BENCH): wanted kernels, attention, training, train, encode, build, loader or generate))
 
 bench: $(VENV)/dev
 	@$(PY) -m $(BENCH_MODULE) $(ARGS)

@@ -187,6 +187,7 @@ def main() -> None:
     programs, missing = collect()
     tasks: list[Task] = []
     broken, drifted = missing, False
+    again: list[str] = []  # what is wrong, once more below the table
     kept: dict[str, Any] = {}
     seen: dict[str, Any] = {str(capability): {} for capability in found.arch}
     for capability in found.arch:
@@ -220,12 +221,17 @@ def main() -> None:
             seen[capability][name] = row.figures
         show(row, width)
         broken += bool(row.faults)
+        again += [f"    sm_{capability} {name}: {fault.splitlines()[-1]}" for fault in row.faults]
     if drifted:
         print(f"figures moved: if they may, `make gate-write`, read the diff and commit {path}")
     if found.write:
         now = {capability: kept[capability] | rows for capability, rows in seen.items()}
         write(path, {c: rows for c, rows in (committed | now).items() if rows})
-    print(f"triton {triton.__version__}: {len(tasks)} compiled, {broken} with faults")
+    print(
+        f"triton {triton.__version__}: {len(tasks)} compiled, {broken} with faults",
+        *again,
+        sep="\n",
+    )
     sys.exit(broken > 0)
 
 

@@ -22,7 +22,7 @@ __all__ = ["complete", "load"]
 
 
 def load(path: Path | str, *, dtype: "torch.dtype | None" = None) -> "Transformer":
-    """Read a model: a run folder, a folder of `lvm.export`, or a Hugging Face LLaMA folder.
+    """Read a model: a run folder, one of `lvm.export`, or a LLaMA or Qwen3 of Hugging Face.
 
     Returns it on the CPU in eval mode, fp32 or of `dtype`, with `.reads` set. Raises
     tokenizer.cli.InputError where the folder is none of these, or does not hold what it says.

@@ -25,7 +25,7 @@ from kernels.mask import Mask
 from kernels.timing import options, report, seconds
 from lvm.config import ModelConfig, Reads
 from lvm.generate import Sampling, draw
-from lvm.interop import hf_names, to_llama
+from lvm.interop import hf_names, to_hf
 from lvm.model import Transformer, build
 from lvm.optim import clip
 from lvm.recipes import recipe
@@ -47,12 +47,11 @@ def subject(device: str) -> Transformer:
 
 
 def in_transformers(model: Transformer, reads: Reads) -> Any:
-    """Return transformers' LlamaForCausalLM with the weights of `model`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Return transformers' model of the same kind, with the weights of `model`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    theirs: Any = LlamaForCausalLM(
-        LlamaConfig(**to_llama(model.config, reads, dtype=torch.float32))
-    )
+    config = AutoConfig.for_model(**to_hf(model.config, reads, dtype=torch.float32))
+    theirs: Any = AutoModelForCausalLM.from_config(config)
     names = hf_names(model.config)
     theirs.load_state_dict({names[k]: v for k, v in model.state_dict().items()})
     return theirs.to(model.embed.weight.device).eval()

@@ -33,6 +33,8 @@ class ModelConfig:
     """Rows of the embedding and of the head; 0 takes the size that the data's tokenizer needs."""
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys before the rotation, as in Qwen3."""
     init_std: float = 0.02
     """Standard deviation of every matrix; LVM scales none of them by depth."""
 
@@ -58,12 +60,18 @@ class ModelConfig:
         """Key/value heads."""
         return self.kv_heads or self.heads
 
+    @property
+    def norms(self) -> int:
+        """Weights of all norms."""
+        heads = 2 * self.dim if self.qk_norm else 0
+        return self.layers * (2 * self.width + heads) + self.width
+
     def num_params(self, *, embeddings: bool = True) -> int:
         """Count parameters; without the embedding and the head for `embeddings=False`."""
         attention = self.width * self.dim * (2 * self.heads + 2 * self.groups)
-        layer = attention + 3 * self.width * self.ffn + 2 * self.width
+        layer = attention + 3 * self.width * self.ffn
         tables = 2 * self.vocab_size * self.width if embeddings else 0
-        return self.layers * layer + self.width + tables
+        return self.layers * layer + self.norms + tables
 
     def flops_per_token(self, row_len: int, *, causal: bool = True) -> float:
         """Training FLOPs (forward and backward) a token: 6 per matrix weight, plus attention.
@@ -71,8 +79,7 @@ class ModelConfig:
         Attention is 12·layers·heads·dim·row_len over all pairs; `causal` counts the half of them
         that a causal row reads. The embedding is a look-up and counts nothing.
         """
-        norms = self.width * (2 * self.layers + 1)
-        matrices = self.num_params() - norms - self.vocab_size * self.width
+        matrices = self.num_params() - self.norms - self.vocab_size * self.width
         pairs = 12 * self.layers * self.heads * self.dim * row_len
         return 6.0 * matrices + (pairs / 2 if causal else pairs)
 
@@ -130,6 +137,9 @@ class Optim:
     """Peak learning rate (of AdamW's group when name is muon)."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon's group."""
+    muon_scale: Literal["original", "match_rms_adamw"] = "original"
+    """What multiplies Muon's rate for a matrix A x B, as torch names it: sqrt(max(1, A / B)); or
+    0.2 sqrt(max(A, B)), which makes updates of AdamW's size, to take its rate and decay."""
     final: float = 0.1
     """The schedule ends at this fraction of the peak."""
     beta1: float = 0.9
@@ -175,15 +185,43 @@ class Run:
     """One document a row: sentences packed together read each other, as in LVM's release."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute type; weights and optimiser state stay fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What a block's backward pass computes again rather than keep: nothing; all but products and
+    attention; everything."""
+    compile: bool = False
+    """torch.compile each block: fuses what is between the products; the first update takes a minute
+    longer."""
+    shards: int = 0
+    """Ranks that hold one copy of the model between them (0: all); with fewer, copies of the model
+    sum their gradients: HSDP, which keeps the gathering of weights inside a node."""
     attention: Backend = "auto"
     """Which attention runs; auto takes what was measured to be fastest on the device."""
     z_loss: float = 0.0
     """Weight of the mean squared log-partition added to the loss (PaLM, section 5)."""
+    spike_limit: float = 0.0
+    """Leave out an update whose gradient is not finite, or has a norm over this many times the
+    median of the last 64; to know it costs a wait for the device an update (0: off, and a loss that
+    is not finite ends the run)."""
+    max_skips: int = 8
+    """Updates left out in a row after which the run ends."""
+    hang_seconds: float = 1800.0
+    """Without an update for this long a process writes its stacks and ends (0: never)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: int = 0
     """Loader processes; warm local shards need none."""
+    deterministic: bool = False
+    """Only operators that give the same bits every time; slower on a GPU. Our kernels always do."""
+    tensorboard: bool = False
+    """Also write the numbers to RUN/tensorboard."""
+    wandb: str = ""
+    """Also log to this Weights & Biases project (WANDB_MODE=offline works)."""
+    trace_from: int = 0
+    trace_updates: int = 0
+    """Record so many updates from `trace_from` on, as a Chrome trace in RUN/trace (0: none)."""
     log_every: int = 10
     save_every: int = 1000
+    save_in_background: bool = True
+    """Copy to the host and write while training goes on; holds one more copy of the state there."""
     eval_every: int = 0
     """Updates between validations on the data's `val` split (0: never)."""
     eval_rows: int = 64
@@ -210,6 +248,8 @@ class Run:
 
 FREE = frozenset({
     "out", "data", "steps", "seconds", "device", "workers", "micro_rows", "attention", "keep",
+    "recompute", "compile", "shards", "save_in_background", "max_skips", "hang_seconds",
+    "deterministic", "tensorboard", "wandb", "trace_from", "trace_updates",
     "log_every", "save_every", "eval_every", "eval_rows",
 })  # fmt: skip
 """Values of a run that may differ when it is resumed: they change no number of what is learnt, or,

@@ -49,7 +49,7 @@ class Evaluate:
     """Measure perplexity on held-out sentences, and how much a right prompt helps."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Run folder of lvm.train, export of lvm.export, or Hugging Face LLaMA folder."""
+    """Run folder of lvm.train, export of lvm.export, or Hugging Face LLaMA or Qwen3 folder."""
     data: Path
     """Folder of shards with manifest.json, from visual_sentences.build."""
     split: str = "val"

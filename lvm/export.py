@@ -2,12 +2,13 @@
 
     python -m lvm.export runs/lvm_300m --format hf --out exported
 
-The Hugging Face folder is a `LlamaForCausalLM` whose logits equal ours; its generation_config.json
-keeps `generate` to whole images: no eos, no ids but codes, one image at a time. Both kinds carry
-`lvm.json`, which says how to build the input.
+The Hugging Face folder is a `LlamaForCausalLM`, or a `Qwen3ForCausalLM` where QK-norm is on, whose
+logits equal ours; its generation_config.json keeps `generate` to whole images: no eos, no ids but
+codes, one image at a time. Both kinds carry `lvm.json`, which says how to build the input.
 """
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -16,33 +17,34 @@ from typing import Annotated, Any, Literal
 
 import torch
 import tyro
-from safetensors.torch import save_file
-from torch import Tensor
 
-from lvm import interop
+from lvm import interop, weights
 from lvm.config import Reads
 from lvm.model import Transformer
 from tokenizer.cli import InputError, run
 from tokenizer.files import TEMPORARY, sync_folder, temporary_name
 
 Format = Literal["hf", "native"]
-SHARD_BYTES = 5 * 10**9  # above this a weight file is split, as transformers does
+SHARD_GB = 5.0  # above this a weight file is split, as transformers does
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GENERATION = "generation_config.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """Write a trained model as a Hugging Face LLaMA folder, or in this project's own format."""
+    """Write a trained model as a Hugging Face folder, or in this project's own format."""
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Run folder of lvm.train (its latest checkpoint), or any model folder."""
     format: Format = "hf"
-    """hf: LlamaForCausalLM for transformers and vLLM; native: for lvm.load."""
+    """hf: LlamaForCausalLM, with QK-norm Qwen3ForCausalLM, for transformers and vLLM; native: for
+    lvm.load."""
     out: Path
     """Folder to write: new, empty, or an earlier export, which is replaced."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Type of the stored weights."""
+    shard_gb: float = SHARD_GB
+    """Weights above this many GB (10^9 bytes) are split into numbered files and an index."""
 
 
 def write(
@@ -51,7 +53,7 @@ def write(
     *,
     format: Format = "hf",
     dtype: torch.dtype = torch.float32,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = int(SHARD_GB * 1e9),
 ) -> list[Path]:
     """Write `model` to the folder `out`, whole or not at all; returns the files.
 
@@ -66,15 +68,15 @@ def write(
     draft = temporary_name(out)
     draft.mkdir()
     try:
+        state = model.state_dict()
         if format == "hf":
             names = interop.hf_names(config)
-            state = {names[k]: v for k, v in model.state_dict().items()}
-            write_weights(draft, state, dtype=dtype, limit=shard_bytes)
-            write_json(draft / interop.CONFIG, interop.to_llama(config, reads, dtype=dtype))
+            state = {names[k]: v for k, v in state.items()}
+            write_json(draft / interop.CONFIG, interop.to_hf(config, reads, dtype=dtype))
             write_json(draft / GENERATION, generation_config(reads, config.vocab_size))
         else:
-            save_file(_stored(model.state_dict(), dtype), draft / interop.WEIGHTS)
             write_json(draft / interop.CONFIG, interop.native_config(config))
+        weights.write(draft, state, dtype=dtype, limit=shard_bytes)
         reads.save(draft)
         for file in draft.iterdir():
             _sync(file)
@@ -90,7 +92,7 @@ def check_out(out: Path) -> None:
         return
     if not out.is_dir():
         raise InputError(f"--out {out} is a file; wanted a folder to write")
-    known = {interop.CONFIG, interop.WEIGHTS, interop.INDEX, GENERATION, "lvm.json"}
+    known = {interop.CONFIG, weights.WEIGHTS, weights.INDEX, GENERATION, "lvm.json"}
     there = {p.name for p in out.iterdir()}
     foreign = sorted(
         n for n in there - known if not (n.startswith("model-") and n.endswith(".safetensors"))
@@ -102,32 +104,11 @@ def check_out(out: Path) -> None:
         )
 
 
-def write_weights(
-    folder: Path, state: dict[str, Tensor], *, dtype: torch.dtype, limit: int
-) -> None:
-    """Write tensors as one safetensors file, or as numbered ones of at most `limit` bytes.
-
-    A tensor larger than `limit` gets a file of its own. One file at a time is converted.
-    """
-    parts: list[dict[str, Tensor]] = [{}]
-    filled = total = 0
-    for name, tensor in state.items():
-        size = tensor.numel() * dtype.itemsize
-        if parts[-1] and filled + size > limit:
-            parts.append({})
-            filled = 0
-        parts[-1][name] = tensor
-        filled += size
-        total += size
-    table = {}
-    for i, part in enumerate(parts, 1):
-        file = f"model-{i:05d}-of-{len(parts):05d}.safetensors"
-        file = file if len(parts) > 1 else interop.WEIGHTS
-        save_file(_stored(part, dtype), folder / file, metadata={"format": "pt"})
-        table.update(dict.fromkeys(part, file))
-    if len(parts) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": table}
-        write_json(folder / interop.INDEX, index)
+def shard_bytes(gb: float) -> int:
+    """Return the bytes of --shard-gb."""
+    if not 1e-9 <= gb < math.inf:
+        raise InputError(f"--shard-gb {gb}: wanted a size above 0, such as {SHARD_GB:g}")
+    return int(gb * 1e9)
 
 
 def generation_config(reads: Reads, vocab_size: int) -> dict[str, Any]:
@@ -146,10 +127,6 @@ def generation_config(reads: Reads, vocab_size: int) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _stored(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {k: v.detach().to("cpu", dtype).contiguous() for k, v in state.items()}
 
 
 def _sync(file: Path) -> None:
@@ -172,8 +149,9 @@ def _swap(draft: Path, out: Path) -> None:
 
 def main(command: Export) -> None:
     check_out(command.out)
-    model = interop.load(command.model)
-    files = write(model, command.out, format=command.format, dtype=DTYPES[command.dtype])
+    limit, dtype = shard_bytes(command.shard_gb), DTYPES[command.dtype]
+    model = interop.load(command.model, dtype=dtype)
+    files = write(model, command.out, format=command.format, dtype=dtype, shard_bytes=limit)
     size = sum(f.stat().st_size for f in files)
     print(f"{command.out}: {len(files)} files, {size / 1e6:.1f} MB, {command.format}")
 

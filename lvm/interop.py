@@ -1,4 +1,4 @@
-"""Model folders: ours, Hugging Face's LLaMA (LVM's release among them), and runs of `lvm.train`.
+"""Model folders: ours, Hugging Face's LLaMA (LVM's release) and Qwen3, and runs of `lvm.train`.
 
 What a folder is stands in its `config.json`: ours has "format": "lvm", a run has "recipe", Hugging
 Face's has "model_type". `lvm.json` beside it says what the model reads; a folder without one is
@@ -8,7 +8,7 @@ files are read by torch's restricted loader.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lvm import weights
 from lvm.config import ModelConfig, Reads
 from lvm.model import Transformer, on_meta
 from tokenizer.cli import InputError
-from tokenizer.interop import check_tensors, read_tensors
+from tokenizer.interop import check_tensors
 
 FORMAT, VERSION = "lvm", 1
-CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-OLD_WEIGHTS, OLD_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+CONFIG = "config.json"
+FOREIGN = ("llama", "qwen3")  # model_type of Hugging Face: without and with QK-norm
+WANTED = (
+    "a run of lvm.train, a folder of lvm.export, or a LLaMA or Qwen3 of Hugging Face (model_type "
+    "llama or qwen3)"
+)
 
 NAMES = {
     "embed.weight": "model.embed_tokens.weight",
@@ -39,6 +44,10 @@ NAMES = {
     "norm.weight": "model.norm.weight",
     "head.weight": "lm_head.weight",
 }
+QK_NORM = {
+    "layers.{}.attn.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+    "layers.{}.attn.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
+}
 """Our tensor names and Hugging Face's; shapes and the order of rows are the same in both."""
 
 
@@ -50,40 +59,44 @@ def load(path: Path | str, *, dtype: torch.dtype | None = None) -> Transformer:
     """
     folder = Path(path)
     found = read_json(folder / CONFIG)
+    source = folder / CONFIG
+    foreign = found.get("model_type") in FOREIGN
     if "recipe" in found:
         from lvm.checkpoint import load_model_state  # a heavy import, and runs alone need it
 
-        config = model_config(found.get("model"), folder / CONFIG)
+        config = model_config(found.get("model"), source)
         state = load_model_state(folder)
     elif found.get("format") == FORMAT:
         if found.get("version") != VERSION:
             raise InputError(
-                f"{folder / CONFIG} has version {found.get('version')}; this code reads {VERSION}: "
-                "update the code, or export the model again"
+                f"{source} has version {found.get('version')}; this code reads {VERSION}: update "
+                "the code, or export the model again"
             )
-        config = model_config(found.get("model"), folder / CONFIG)
-        state = read_tensors(folder / WEIGHTS) if (folder / WEIGHTS).is_file() else {}
-    elif found.get("model_type") == "llama":
-        config = from_llama(found, folder / CONFIG)
-        state = read_weights(folder)
-        state = {k: v for k, v in state.items() if not k.endswith("rotary_emb.inv_freq")}
+        config = model_config(found.get("model"), source)
+        state = weights.read(folder)
+    elif foreign:
+        config = from_hf(found, source)
+        state = weights.read(folder)
         if found.get("tie_word_embeddings") and NAMES["embed.weight"] in state:
             state[NAMES["head.weight"]] = state[NAMES["embed.weight"]].clone()
     else:
         kind = found.get("model_type") or found.get("_class_name") or found.get("format")
-        raise InputError(
-            f"{folder / CONFIG} describes {kind or 'no known kind of model'}; wanted a run of "
-            "lvm.train, a folder of lvm.export, or a LLaMA of Hugging Face (model_type llama)"
-        )
-    names = hf_names(config) if found.get("model_type") == "llama" else None
+        raise InputError(f"{source} describes {kind or 'no known kind of model'}; wanted {WANTED}")
     model = on_meta(config)
-    wanted = {names[k] if names else k: v for k, v in model.state_dict().items()}
-    check_tensors(state, wanted, folder)
-    kept = {ours: state[names[ours] if names else ours] for ours in model.state_dict()}
-    dtype = dtype or torch.float32
-    model.load_state_dict({k: v.to(dtype) for k, v in kept.items()}, assign=True)
+    names = hf_names(config) if foreign else {k: k for k in model.state_dict()}
+    check_tensors(state, {names[k]: v for k, v in model.state_dict().items()}, folder)
+    fill(model, {ours: state.pop(names[ours]) for ours in names}, dtype=dtype)
     model.reads = read_reads(folder, config)
     return model.eval()
+
+
+def fill(model: Transformer, state: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
+    """Give a model the tensors of `state` as `dtype`, or fp32; empties `state`.
+
+    A tensor is let go when it is converted, so that there are never two copies of a model.
+    """
+    kept = {name: state.pop(name).to(dtype or torch.float32) for name in list(state)}
+    model.load_state_dict(kept, assign=True)
 
 
 def read_reads(folder: Path, config: ModelConfig) -> Reads:
@@ -109,8 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(
-            f"{path.parent} is no model folder: it has no {path.name}; wanted a run of lvm.train, "
-            "a folder of lvm.export, or a LLaMA of Hugging Face"
+            f"{path.parent} is no model folder: it has no {path.name}; wanted {WANTED}"
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not JSON ({error}); copy it again from its source") from error
@@ -126,30 +138,23 @@ def model_config(found: Any, source: Path) -> ModelConfig:
         raise InputError(f"{source} describes no model of this version: {error}") from error
 
 
-def from_llama(found: Mapping[str, Any], source: Path) -> ModelConfig:
-    """Return our config of a LlamaConfig; keys that say nothing of the network are passed over.
+def from_hf(found: Mapping[str, Any], source: Path) -> ModelConfig:
+    """Return our config of a LlamaConfig or Qwen3Config, as a mapping; keys that say nothing of the
+    network are passed over.
 
     Absent keys have transformers' defaults, but those that differ between any two models must be
     there. Rotary settings are read in the form of transformers 5 (`rope_parameters`) and in that of
-    older ones (`rope_theta`, `rope_scaling`).
+    older ones (`rope_theta`, `rope_scaling`). Raises InputError that names each key that asks for
+    what is not built here, its value, and what is.
     """
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
-    if missing := [k for k in (*sizes, "num_attention_heads") if not isinstance(found.get(k), int)]:
+    qwen3 = found["model_type"] == "qwen3"
+    needed = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+    needed += ["num_attention_heads"]
+    needed += ["num_key_value_heads", "head_dim"] if qwen3 else []
+    if missing := [key for key in needed if not isinstance(found.get(key), int)]:
         raise InputError(f"{source} lacks {', '.join(missing)}; the model cannot be known")
+    check_supported(found, source)
     rope = found.get("rope_parameters") or {}
-    scaling = found.get("rope_scaling") or {}
-    kinds = {r.get("rope_type", r.get("type", "default")) for r in (rope, scaling)}
-    refused = {
-        "attention_bias": bool(found.get("attention_bias")),
-        "mlp_bias": bool(found.get("mlp_bias")),
-        f"hidden_act {found.get('hidden_act')}": found.get("hidden_act", "silu") != "silu",
-        f"rotary scaling {', '.join(sorted(kinds))}": kinds != {"default"},
-    }
-    if wrong := [name for name, is_there in refused.items() if is_there]:
-        raise InputError(
-            f"{source} asks for {', '.join(wrong)}, which this model does not have: it is LLaMA "
-            "without biases, with SwiGLU and unscaled rotary positions"
-        )
     return ModelConfig(
         width=found["hidden_size"],
         layers=found["num_hidden_layers"],
@@ -161,11 +166,49 @@ def from_llama(found: Mapping[str, Any], source: Path) -> ModelConfig:
         rope_theta=float(rope.get("rope_theta") or found.get("rope_theta") or 10_000.0),
         norm_eps=float(found.get("rms_norm_eps", 1e-6)),
         init_std=float(found.get("initializer_range", 0.02)),
+        qk_norm=qwen3,
     )
 
 
+def check_supported(found: Mapping[str, Any], source: Path) -> None:
+    """Refuse what a Hugging Face config asks for and this model does not have."""
+    faults = [
+        f"{key} is {found[key]}; supported: {value}"
+        for key, value in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"))
+        if (found.get(key) or value) != value
+    ]
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = found.get(key) or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+            faults.append(f"{key} is {json.dumps(rope)}; supported: null or rope_type default")
+    if found["model_type"] == "qwen3":  # transformers' LLaMA passes over these
+        if found.get("use_sliding_window"):
+            faults.append("use_sliding_window is True; supported: False")
+        if odd := sorted(set(found.get("layer_types") or ()) - {"full_attention"}):
+            faults.append(f"layer_types has {', '.join(odd)}; supported: full_attention")
+    if faults:
+        raise InputError(
+            f"{source} describes another network than is built here: " + "; ".join(faults)
+        )
+
+
+def to_hf(config: ModelConfig, reads: Reads, *, dtype: torch.dtype) -> dict[str, Any]:
+    """Return the config.json of a model: of LlamaForCausalLM, or Qwen3ForCausalLM with QK-norm."""
+    found = to_llama(config, reads, dtype=dtype)
+    if config.qk_norm:
+        found.pop("mlp_bias")
+        found |= {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+        found |= {"use_sliding_window": False, "sliding_window": None}
+        found |= {"max_window_layers": config.layers}
+    return found
+
+
 def to_llama(config: ModelConfig, reads: Reads, *, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the LlamaConfig of a model, with the keys of old and new transformers and of vLLM."""
+    """Return the LlamaConfig of a model, with the keys of old and new transformers and of vLLM.
+
+    QK-norm, which LLaMA has not, is left out; `to_hf` chooses by it.
+    """
     specials = reads.vocab
     kind = str(dtype).removeprefix("torch.")
     return {
@@ -199,35 +242,16 @@ def to_llama(config: ModelConfig, reads: Reads, *, dtype: torch.dtype) -> dict[s
 
 def hf_names(config: ModelConfig) -> dict[str, str]:
     """Return Hugging Face's name of each of our tensors, in the order of ours."""
-    return {
-        ours.format(i): theirs.format(i)
-        for ours, theirs in NAMES.items()
-        for i in (range(config.layers) if "{}" in ours else (0,))
-    }
+    table = NAMES | (QK_NORM if config.qk_norm else {})
+    return {ours: table[form].format(i) for ours, form, i in expand(table, config)}
+
+
+def expand(table: Mapping[str, str], config: ModelConfig) -> Iterator[tuple[str, str, int]]:
+    """Go through our tensor names: each with its entry of the table and the layer it is of."""
+    for form in table:
+        for i in range(config.layers) if "{}" in form else (0,):
+            yield form.format(i), form, i
 
 
 def native_config(config: ModelConfig) -> dict[str, Any]:
     return {"format": FORMAT, "version": VERSION, "model": asdict(config)}
-
-
-def read_weights(folder: Path) -> dict[str, Tensor]:
-    """Read the tensors of a Hugging Face folder: safetensors, else `.bin`; one file or shards."""
-    for whole, index in ((WEIGHTS, INDEX), (OLD_WEIGHTS, OLD_INDEX)):
-        if (folder / whole).is_file():
-            return read_tensors(folder / whole)
-        if (folder / index).is_file():
-            table = read_json(folder / index).get("weight_map")
-            if not isinstance(table, dict) or not table:
-                raise InputError(f"{folder / index} has no weight_map; copy it again")
-            files = [folder / Path(name).name for name in sorted(set(table.values()))]
-            if absent := [file.name for file in files if not file.is_file()]:
-                raise InputError(f"{folder / index} names {', '.join(absent)}: not in the folder")
-            break
-    else:
-        files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise InputError(f"{folder} has a {CONFIG} but no weights; wanted {WEIGHTS} or {INDEX}")
-    state: dict[str, Tensor] = {}
-    for file in files:
-        state.update(read_tensors(file))
-    return state

@@ -8,8 +8,12 @@ of all rows so far, padding included, and `tokens_per_s` follows it. `mfu` is
 
 with lvm.config's flops_per_token: 6 a matrix weight, attention counted by its causal half;
 `mfu_full` counts all pairs of positions. Both are left out where the device's peak is not known.
+
+`time_data`, `time_model` (forward and backward) and `time_optimiser` (clipping too) are shares of
+the time since the line before, on a GPU by its own clock; `time_rest` is what the loop adds.
 """
 
+import itertools
 import json
 import math
 import os
@@ -17,6 +21,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +30,7 @@ from typing import Any
 import torch
 
 from lvm.config import Run
+from lvm.dashboards import Sink
 from tokenizer.cli import CommandError
 from tokenizer.files import atomic_write
 from tokenizer.provenance import git_commit
@@ -37,10 +43,13 @@ PACKAGES = ("torch", "numpy", "pyarrow", "triton", "safetensors", "tyro")
 
 
 class Log:
-    """Appends to metrics.jsonl; a resumed run first drops the lines behind its checkpoint."""
+    """Appends to metrics.jsonl, and gives each line to `sinks`.
 
-    def __init__(self, path: Path, *, step: int, enabled: bool) -> None:
-        self.path, self.enabled = path, enabled
+    A resumed run first drops the lines behind its checkpoint.
+    """
+
+    def __init__(self, path: Path, *, step: int, enabled: bool, sinks: Sequence[Sink] = ()) -> None:
+        self.path, self.enabled, self.sinks = path, enabled, sinks
         if enabled and path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if line]
             kept = [line for line in kept if _step(line) <= step]
@@ -51,6 +60,8 @@ class Log:
         if self.enabled:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
+            for sink in self.sinks:
+                sink(values)
 
 
 def _step(line: str) -> float:
@@ -61,18 +72,48 @@ def _step(line: str) -> float:
         return math.inf
 
 
+class Clock:
+    """Where the time of updates goes: on a GPU's own time line, which nobody waits for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+
+    def mark(self, name: str) -> None:
+        """Give the time since the mark before to `name`; "" begins."""
+        moment: Any = time.perf_counter()
+        if self.cuda:
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self.marks.append((name, moment))
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each name; waits for the device."""
+        found: dict[str, float] = {}
+        if self.cuda:
+            torch.cuda.synchronize()
+        for (_, before), (name, after) in itertools.pairwise(self.marks):
+            if name:
+                took = before.elapsed_time(after) / 1e3 if self.cuda else after - before
+                found[name] = found.get(name, 0.0) + took
+        return found
+
+
 class Window:
     """The updates since the last line. Tensors stay on their device until `close`."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.sums: list[torch.Tensor] = []
+        self.steps: list[int] = []
         self.tokens = 0
         self.waited = 0.0
+        self.clock = Clock(device)
         self.start = time.perf_counter()
 
-    def add(self, sums: torch.Tensor, *, tokens: int, waited: float) -> None:
+    def add(self, sums: torch.Tensor, *, step: int, tokens: int, waited: float) -> None:
         """Take an update's sums [loss, nll, correct, count] of this rank; tokens are all ranks'."""
         self.sums.append(sums)
+        self.steps.append(step)
         self.tokens += tokens
         self.waited += waited
 
@@ -80,7 +121,7 @@ class Window:
         """Leave time that was not spent on updates out of the line's rates."""
         self.start += seconds
 
-    def close(self, world: World, *, step: int, batch_rows: int) -> dict[str, float]:
+    def close(self, world: World, *, batch_rows: int) -> dict[str, float]:
         """Return the line's values; every rank calls, and waits for its device.
 
         Raises CommandError where a loss was not finite, with the update and its samples.
@@ -88,20 +129,24 @@ class Window:
         per_update = world.total(torch.stack(self.sums)).double().cpu()
         finite = per_update[:, 0].isfinite()
         if not finite.all():
-            bad = step - len(self.sums) + int((~finite).nonzero()[0]) + 1
+            bad = self.steps[int((~finite).nonzero()[0])] + 1
             first = (bad - 1) * batch_rows
             raise CommandError(
                 f"the loss of update {bad} (samples {first} to {first + batch_rows - 1}) is not "
                 "finite; the last checkpoint is from before it. Try a lower --optim.lr or "
-                "--optim.muon_lr, a longer --optim.warmup, or --precision fp32"
+                "--optim.muon_lr, a longer --optim.warmup, --precision fp32, or --spike-limit 10, "
+                "which leaves such updates out"
             )
         loss, nll, correct, count = per_update.sum(0).tolist()
         seconds = time.perf_counter() - self.start
+        parts = {f"time_{name}": took / seconds for name, took in self.clock.seconds().items()}
         return {
             "loss": loss / count,
             **means(nll, correct, count),
             "tokens_per_s": self.tokens / seconds,
             "data_wait": self.waited / seconds,
+            **parts,
+            "time_rest": 1.0 - sum(parts.values()),
         }
 
 

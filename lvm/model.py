@@ -2,8 +2,10 @@
 
 B batch, T positions, S cached keys, D width, H query heads, G key/value heads, C head channels,
 V vocabulary. Pre-norm RMSNorm, rotary positions (angles always fp32), SwiGLU, no biases, untied
-head: the architecture of LLaMA (Touvron et al. 2023), as LVM trains it.
+head: the architecture of LLaMA (Touvron et al. 2023), as LVM trains it; of Qwen3 with `qk_norm`.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels.attention import attention, resolve
 from kernels.mask import Mask
+from kernels.rope import rope
 from lvm.config import ModelConfig, Reads
 
 
@@ -23,12 +26,6 @@ def rotary(pos: Tensor, *, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     freq = theta ** -(torch.arange(0, dim, 2, device=pos.device, dtype=torch.float32) / dim)
     angles = pos.float()[:, None, :, None] * freq
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x [B, heads, T, C] by the angles; channel i pairs with i + C/2, as in Hugging Face."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class Cache:
@@ -69,6 +66,10 @@ class Attention(nn.Module):
         self.k = nn.Linear(config.width, config.groups * config.dim, bias=False)
         self.v = nn.Linear(config.width, config.groups * config.dim, bias=False)
         self.o = nn.Linear(config.heads * config.dim, config.width, bias=False)
+        # QK-norm, one weight a channel for all heads (Dehghani et al. 2023; as in Qwen3).
+        self.q_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if config.qk_norm else None
+        self.eps = config.norm_eps
 
     def forward(
         self,
@@ -83,7 +84,12 @@ class Attention(nn.Module):
             y.unflatten(-1, (-1, self.dim)).transpose(1, 2)
             for y in (self.q(x), self.k(x), self.v(x))
         )
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        # Weights in the type of the heads, as FSDP casts them. CUDA's autocast norms in fp32
+        # anyway, while attention and the cache want q and k in the type of v.
+        q_weight = self.q_norm.weight.to(q.dtype) if self.q_norm is not None else None
+        k_weight = self.k_norm.weight.to(k.dtype) if self.k_norm is not None else None
+        q, k = rope(q, k, *angles, q_weight=q_weight, k_weight=k_weight, eps=self.eps)
+        q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attention(q, k, v, mask)
@@ -138,17 +144,25 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw every matrix from N(0, init_std²), on the CPU: the same weights on any device.
+        """Fill every parameter with what `draw_weights` draws for it."""
+        for parameter, values in self.draw_weights(seed):
+            parameter.copy_(values)
 
-        Each tensor has a generator of its own, so that a rank may draw only what it holds.
+    def draw_weights(self, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Yield each parameter and its first values on the CPU: the same on any device and rank.
+
+        Norms are 1, matrices drawn from N(0, init_std²), each from a generator of its own. QK-norm
+        changes the draw of no other tensor: its weights are not counted.
         """
-        for index, (name, parameter) in enumerate(self.named_parameters()):
+        index = -1
+        for name, parameter in self.named_parameters():
+            index += not name.endswith(("q_norm.weight", "k_norm.weight"))
             if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
+                yield parameter, torch.ones(parameter.shape)
                 continue
             generator = torch.Generator().manual_seed(seed * 100_003 + index)
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(noise * self.config.init_std)
+            yield parameter, noise * self.config.init_std
 
     def features(
         self,

@@ -60,8 +60,10 @@ def role(name: str, parameter: Tensor) -> str:
 def optimisers(model: nn.Module, optim: Optim) -> list[torch.optim.Optimizer]:
     """Make the optimisers of a model: AdamW alone, or Muon for the blocks' matrices beside it.
 
-    Norms and the embedding are not decayed unless `decay_all` says so. Every group carries its peak
-    rate as "peak", from which `set_rate` computes "lr".
+    Muon scales the rate of a matrix by its shape, as `muon_scale` says (Jordan et al. 2024; Liu et
+    al. 2025, "Muon is scalable for LLM training"); its decay follows the rate before that. Norms
+    and the embedding are not decayed unless `decay_all` says so. Every group carries its peak rate
+    as "peak", from which `set_rate` computes "lr".
     """
     parts: dict[str, list[nn.Parameter]] = {"vector": [], "matrix": [], "embedding": [], "head": []}
     for name, parameter in model.named_parameters():
@@ -84,7 +86,14 @@ def optimisers(model: nn.Module, optim: Optim) -> list[torch.optim.Optimizer]:
     ]
     if muon:
         matrices = [{"params": muon, "peak": optim.muon_lr}]
-        made.append(torch.optim.Muon(matrices, lr=optim.muon_lr, weight_decay=optim.weight_decay))
+        made.append(
+            torch.optim.Muon(
+                matrices,
+                lr=optim.muon_lr,
+                weight_decay=optim.weight_decay,
+                adjust_lr_fn=optim.muon_scale,
+            )
+        )
     return made
 
 

@@ -38,7 +38,7 @@ class Prompt:
     """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
-    """Run folder of lvm.train, export of lvm.export, or Hugging Face LLaMA folder."""
+    """Run folder of lvm.train, export of lvm.export, or Hugging Face LLaMA or Qwen3 folder."""
     tokenizer: Path
     """Tokenizer folder, the one whose codes the model was trained on."""
     pair: tyro.conf.UseAppendAction[tuple[tuple[Path, Path], ...]] = ()

@@ -10,6 +10,7 @@ from kernels.mask import Mask
 from lvm import metrics
 from lvm.checkpoint import Phase, Trainer
 from lvm.config import Reads, Run, differences
+from lvm.parallel import check_shards
 from tokenizer.cli import InputError, duration
 from tokenizer.files import atomic_write
 from tokenizer.world import World
@@ -42,6 +43,7 @@ def resolve(run: Run, manifest: Manifest, world: World) -> Run:
         raise InputError(
             f"--eval-rows {run.eval_rows} is not a number of rows; --eval-every 0 validates never"
         )
+    check_shards(run.shards, world=world.size)
     try:
         choose(run.attention, Mask(causal=True), world.device)
     except ValueError as error:

@@ -14,6 +14,7 @@ those of its latest checkpoint, so at the same number of ranks it ends bit by bi
 have ended undisturbed. SIGTERM, SIGUSR1 and SIGINT finish the update, save and exit with code 0.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,15 +26,17 @@ from torch import Tensor, nn
 
 from kernels.attention import Backend
 from kernels.mask import densify, is_exact
-from lvm import checkpoint, metrics, optim, parallel
+from lvm import checkpoint, metrics, optim, parallel, stability
 from lvm.checkpoint import Trainer
 from lvm.config import Run
+from lvm.dashboards import sinks
 from lvm.mask import attention_mask, leaks
-from lvm.model import Transformer, build
+from lvm.model import Transformer, on_meta
 from lvm.objectives import Sums
 from lvm.objectives.next_code import next_code
 from lvm.recipes import recipe, recipes
 from lvm.run_folder import close_folder, finished, open_folder, resolve, standing, summary
+from lvm.trace import Trace
 from tokenizer.cli import CommandError, InputError, Progress, guarded
 from tokenizer.cli import run as run_command
 from tokenizer.world import Signals, World
@@ -55,12 +58,22 @@ class Learner(nn.Module):
         super().__init__()
         self.model, self.z_loss, self.attention = model, z_loss, attention
 
-    def forward(self, batch: Batch) -> Sums:
+    def forward(self, batch: Batch, kind: Tensor | None = None, kinds: int = 0) -> Sums:
+        """Return the sums of a batch; given the `kind` [B] of each row, tensors [kinds] by kind."""
         mask = attention_mask(
             batch.doc, batch.block, batch.island, exact=batch.exact, backend=self.attention
         )
         features = self.model.features(batch.ids, pos=batch.pos, mask=mask)
-        return next_code(features, self.model.head.weight, batch.labels, z_loss=self.z_loss)
+        weight, labels = self.model.head.weight, batch.labels
+        if kind is None:
+            return next_code(features, weight, labels, z_loss=self.z_loss)
+        parts = [next_code(features[kind == k], weight, labels[kind == k]) for k in range(kinds)]
+        return Sums(
+            loss=torch.stack([part.loss for part in parts]),
+            count=torch.stack([part.count for part in parts]),
+            nll=torch.stack([part.nll for part in parts]),
+            correct=torch.stack([part.correct for part in parts]),
+        )
 
 
 def backward(learner: nn.Module, batch: Batch, *, run: Run, world: World) -> Tensor:
@@ -72,7 +85,9 @@ def backward(learner: nn.Module, batch: Batch, *, run: Run, world: World) -> Ten
     """
     scale = world.size / world.total((batch.labels != IGNORE).sum())
     totals = torch.zeros(4, device=world.device)
-    for micro in batch.split(run.micro_rows):
+    micros = batch.split(run.micro_rows)
+    for i, micro in enumerate(micros):
+        parallel.reduce_gradients(learner, i == len(micros) - 1)
         with parallel.compute(world, precision=run.precision):
             sums = learner(micro)
         (sums.loss * scale).backward()
@@ -104,9 +119,19 @@ class Training:
         self.run, self.trainer, self.manifest, self.world = run, trainer, manifest, world
         self.out = Path(run.out)
         self.first = self.saved = trainer.step
-        model = build(run.model, seed=run.seed)
+        model = on_meta(run.model)
         self.learner = Learner(model, z_loss=run.z_loss, attention=run.attention)
-        parallel.shard(self.learner, model.layers, world, precision=run.precision)
+        parallel.parallelize(
+            self.learner,
+            model.layers,
+            world,
+            precision=run.precision,
+            recompute=run.recompute,
+            compiled=run.compile,
+            shards=run.shards,
+        )
+        if folder is None:
+            parallel.initialise(model, run.seed)
         self.parameters = list(self.learner.parameters())
         self.optimisers = optim.optimisers(self.learner, run.optim)
         if folder is not None:
@@ -121,8 +146,16 @@ class Training:
             workers=run.workers,
             mix=run.mix,
         )
-        self.log = metrics.Log(self.out / "metrics.jsonl", step=trainer.step, enabled=world.main)
-        self.window = metrics.Window()
+        self.saver = checkpoint.Saver(
+            self.out, world, keep=run.keep, background=run.save_in_background
+        )
+        self.log = metrics.Log(
+            self.out / "metrics.jsonl",
+            step=trainer.step,
+            enabled=world.main,
+            sinks=sinks(run, step=trainer.step) if world.main else (),
+        )
+        self.window = metrics.Window(world.device)
         self.began = time.perf_counter() - trainer.elapsed
         self.factor, self.norm = 0.0, torch.zeros(())
         self.progress = Progress(
@@ -148,8 +181,13 @@ class Training:
     def go(self, signals: Signals) -> None:
         """Train until the run is finished or a rank has been told to stop, and save."""
         run, stream = self.run, iter(self.loader)
-        with self.progress:
+        dog = stability.Watchdog(self.out, rank=self.world.rank, seconds=run.hang_seconds)
+        recorded = run.trace_updates if self.world.main else 0
+        trace = Trace(self.out, first=run.trace_from, count=recorded)
+        with self.progress, dog:
             while not finished(run, self.trainer):
+                dog.beat(self.trainer.step)
+                trace.at(self.trainer.step)
                 # One small sum over the hosts, so that all ranks stop and schedule alike.
                 clock = time.perf_counter() - self.began if self.world.main else 0.0
                 told, elapsed = self.world.add(bool(signals.seen), clock)
@@ -168,43 +206,84 @@ class Training:
                 if saves:
                     self.save()
                 self.window.pause(time.perf_counter() - paused)
-            if self.window.sums:
-                self.report()
+            trace.close()
+            self.report()
             if self.trainer.step != self.saved:
                 self.save()
+            self.saver.finish()
 
     def update(self, stream: Iterator[Rows]) -> None:
         """Take one batch and make one update. Nothing here waits for the device."""
         run, trainer = self.run, self.trainer
+        clock = self.window.clock
+        clock.mark("")
         asked = time.perf_counter()
         rows = next(stream)
         waited = time.perf_counter() - asked
         batch = self.batch(rows)
         if trainer.step == self.first:
             refuse_leaks(batch.split(run.micro_rows)[0])
+        clock.mark("data")
         horizon = optim.horizon(
             trainer.step, steps=run.steps, elapsed=trainer.elapsed, seconds=run.seconds
         )
         self.factor = optim.rate(trainer.step, run.optim, horizon=horizon)
         optim.set_rate(self.optimisers, self.factor)
         sums = backward(self.learner, batch, run=run, world=self.world)
+        clock.mark("model")
         self.norm = optim.clip(self.parameters, run.optim.clip)
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad()
         tokens = batch.tokens * self.world.size
-        self.window.add(sums, tokens=tokens, waited=waited)
         self.trainer = replace(
             trainer,
             step=trainer.step + 1,
             samples=trainer.samples + run.batch_rows,
             tokens=trainer.tokens + tokens,
         )
+        if not self.left_out():
+            for optimiser in self.optimisers:
+                optimiser.step()
+            self.window.add(sums, step=trainer.step, tokens=tokens, waited=waited)
+        for optimiser in self.optimisers:
+            optimiser.zero_grad()
+        clock.mark("optimiser")
+
+    def left_out(self) -> bool:
+        """Say whether the update with the gradient of norm `self.norm` is not made; count it.
+
+        Raises CommandError after `max_skips` in a row.
+        """
+        run, trainer = self.run, self.trainer
+        if not run.spike_limit:
+            return False
+        norm = float(self.norm)
+        why = stability.judge(norm, trainer.norms, limit=run.spike_limit)
+        if not why:
+            norms = stability.remember(norm, trainer.norms)
+            self.trainer = replace(trainer, norms=norms, in_a_row=0)
+            return False
+        first = trainer.samples - run.batch_rows
+        self.log.write({
+            "step": trainer.step,
+            "split": "skip",
+            "why": why,
+            "samples": [first, trainer.samples - 1],
+            "grad_norm": norm if math.isfinite(norm) else None,
+        })  # fmt: skip
+        self.trainer = replace(trainer, skipped=trainer.skipped + 1, in_a_row=trainer.in_a_row + 1)
+        if self.trainer.in_a_row > run.max_skips:
+            raise CommandError(
+                f"{self.trainer.in_a_row} updates in a row are left out, the last, {trainer.step} "
+                f"(samples {first} to {trainer.samples - 1}), since {why}. The last checkpoint is "
+                "from before; try a lower --optim.lr or --optim.muon-lr, or look at these samples"
+            )
+        return True
 
     def report(self) -> None:
-        """Write a line on the updates since the last one; waits for the device."""
+        """Write a line on the updates since the last one, if any; waits for the device."""
+        if not self.window.sums:
+            return
         trainer = self.trainer
-        values = self.window.close(self.world, step=trainer.step, batch_rows=self.run.batch_rows)
+        values = self.window.close(self.world, batch_rows=self.run.batch_rows)
         speed = values["tokens_per_s"]
         values |= metrics.utilisation(
             self.run, self.world, tokens_per_s=speed, row_len=self.manifest.row_len
@@ -217,18 +296,22 @@ class Training:
             **values,
             "lr": self.run.optim.lr * self.factor,
             "grad_norm": float(self.norm),
+            "skipped": trainer.skipped,
             "memory_gib": metrics.memory_gib(self.world),
             "elapsed": time.perf_counter() - self.began,
         })  # fmt: skip
         shown = {"loss": values["loss"], "perplexity": values["perplexity"]}
         self.progress.update(0, **shown, **{"tokens/s": round(speed)})
-        self.window = metrics.Window()
+        self.window = metrics.Window(self.world.device)
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Write a line on rows of the split `val`, the same ones every time."""
+        """Write a line on rows of the split `val`, the same ones every time, also by kind."""
         run, world = self.run, self.world
-        totals = torch.zeros(3, device=world.device)
+        kinds = sorted({source.kind for source in self.manifest.sources})
+        order = [kinds.index(source.kind) for source in self.manifest.sources]
+        kind_of = torch.tensor(order, device=world.device)
+        totals = torch.zeros(3, len(kinds), device=world.device)
         for rows in held_out(
             run.data,
             rows=run.eval_rows,
@@ -237,22 +320,21 @@ class Training:
             world=world.size,
         ):
             with parallel.compute(world, precision=run.precision):
-                sums = self.learner(self.batch(rows))
+                batch = self.batch(rows)
+                sums = self.learner(batch, kind_of[batch.source.long()], len(kinds))
             totals += torch.stack([sums.nll, sums.correct, sums.count])
-        nll, correct, count = world.total(totals).tolist()
-        values = metrics.means(nll, correct, count)
-        self.log.write({"step": self.trainer.step, "split": "val", **values})
+        by_kind = world.total(totals).double().cpu()
+        values = metrics.means(*by_kind.sum(1).tolist())
+        apart = {
+            kind: metrics.means(*column.tolist())
+            for kind, column in zip(kinds, by_kind.T, strict=True)
+            if column[2]
+        }
+        self.log.write({"step": self.trainer.step, "split": "val", **values, "by_kind": apart})
         self.progress.update(0, val=values["perplexity"])
 
     def save(self) -> None:
-        checkpoint.save(
-            self.out,
-            self.trainer,
-            model=self.learner,
-            optimisers=self.optimisers,
-            world=self.world,
-            keep=self.run.keep,
-        )
+        self.saver.save(self.trainer, model=self.learner, optimisers=self.optimisers)
         self.saved = self.trainer.step
 
 
@@ -271,10 +353,15 @@ def train(run: Run) -> int:
         world.wait()  # nobody writes before everybody has looked
         text = f"{run.out} is finished"
         if not finished(run, trainer):
+            parallel.set_deterministic(run.deterministic)
             if world.main:
                 open_folder(run, manifest, metrics.environment(world, step=trainer.step))
             training = Training(run, trainer, folder, manifest=manifest, world=world)
-            training.go(signals)
+            try:
+                training.go(signals)
+            except CommandError:  # every rank raises it, so every rank can wait for the save
+                training.saver.finish()
+                raise
             trainer = training.trainer
             text = "done" if finished(run, trainer) else "told to stop; the same command goes on"
         if world.main:

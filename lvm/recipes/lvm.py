@@ -2,19 +2,38 @@
 
 `lvm_*` are ours: the paper's widths and depths with heads of 128 channels, a `bos` before each
 sentence, sentences of a row apart from each other, 512 rows = 2 Mi tokens an update, 200 k updates
-= 420 B tokens. `lvm_*_paper` follow the released code: its heads, its table of 8292 rows, no
-specials, whole rows, 128 rows = 0.5 Mi tokens an update, AdamW with decay on every weight, 8000
-updates of warm-up to 1.5e-4, cosine to 3e-5 at update 288 k.
+= 420 B tokens; QK-norm, z-loss (PaLM, section 5), Muon for the matrices of the blocks and AdamW for
+the rest, and the schedule warm-up, stable, decay: 2000 updates up, the peak, and over the last
+fifth a straight line to 0 (Hägele et al. 2024, "Scaling laws and compute-optimal training beyond
+fixed training durations"). Until the rate falls, a run can be resumed with another `--steps`.
 
-Expected results, hardware and time: not run at scale. The rates of
-`lvm_*` follow the usual fall with width and are not tuned.
+`lvm_*_paper` follow the released code: its heads, its table of 8292 rows, no specials, whole rows,
+128 rows = 0.5 Mi tokens an update, AdamW with decay on every weight, 8000 updates of warm-up to
+1.5e-4, cosine to 3e-5 at update 288 k.
+
+Expected results, hardware and time: not run at scale, neither the ones nor the others. The peak
+rates of `lvm_*` are starting values, not tuned: 1 to 1.5 times those of GPT-3's table 2.1 (Brown et
+al. 2020) at the nearest size. Muon takes the same rate and decay, its updates scaled to the size of
+AdamW's (Liu et al. 2025, "Muon is scalable for LLM training").
 """
+
+from dataclasses import replace
 
 from lvm.config import ModelConfig, Optim, Run
 
 
 def _ours(name: str, model: ModelConfig, *, lr: float) -> Run:
-    optim = Optim(lr=lr, final=0.1, warmup=2000, weight_decay=0.1)
+    optim = Optim(
+        name="muon",
+        lr=lr,
+        muon_lr=lr,
+        muon_scale="match_rms_adamw",
+        schedule="wsd",
+        warmup=2000,
+        final=0.0,
+        weight_decay=0.1,
+    )
+    model = replace(model, qk_norm=True)
     return Run(recipe=name, model=model, optim=optim, steps=200_000, batch_rows=512, z_loss=1e-4)
 
 

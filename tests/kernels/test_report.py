@@ -157,7 +157,7 @@ def test_what_triton_is_told_of_a_launch(module, usage):
 def split(output):
     """Return what was printed of each program: name to figures and faults."""
     found = {}
-    for block in re.split(r"^(?=sm_\d+ )", output, flags=re.MULTILINE)[1:]:
+    for block in re.findall(r"^sm_\d+ .*(?:\n    .*)*", output, re.MULTILINE):
         line, *faults = block.splitlines()
         name, figures = re.fullmatch(r"sm_\d+ +(.+?)(?: {2,}(.*))?", line).groups()
         pairs = re.findall(r"([A-Za-z]\w*) (\d+)", figures or "")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from lvm.config import Run
 from lvm.model import build
-from lvm.parallel import shard
+from lvm.parallel import parallelize
 from lvm.train import Learner, backward, train
 from tokenizer.world import world
 from visual_sentences.loader import Loader
@@ -26,7 +26,7 @@ def sgd_step(run: Run, out: Path) -> None:
     with world("cpu") as here:
         model = build(run.model, seed=run.seed)
         learner = Learner(model)
-        shard(learner, model.layers, here, precision="fp32")
+        parallelize(learner, model.layers, here, precision="fp32", shards=run.shards)
         loader = Loader(
             run.data, batch_rows=run.batch_rows, seed=run.seed, rank=here.rank, world=here.size
         )

@@ -1,12 +1,16 @@
 import os
 import pickle
+import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from lvm.checkpoint import Phase, Trainer, latest, load, load_model_state, save, tensors
+from lvm.checkpoint import Phase, Saver, Trainer, latest, load, load_model_state, tensors
 from lvm.config import Optim
 from lvm.model import build
 from lvm.optim import optimisers
@@ -35,9 +39,10 @@ def stepped(*, seed: int, name: str = "adamw", width: int = 16):
     return holder, made
 
 
-def write(run, step, holder, made, *, keep=2, **values):
-    trainer = Trainer(step=step, **values)
-    save(run, trainer, model=holder, optimisers=made, world=ONE, keep=keep)
+def write(run, step, holder, made, *, keep=2, background=False, **values):
+    saver = Saver(run, ONE, keep=keep, background=background)
+    saver.save(Trainer(step=step, **values), model=holder, optimisers=made)
+    return saver
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -98,6 +103,98 @@ def test_a_run_without_a_checkpoint_says_so(tmp_path):
     (tmp_path / "latest").write_text("step-00000009\n")
     with pytest.raises(InputError, match="step-00000009, which is not there"):
         latest(tmp_path)
+
+
+def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(tmp_path):
+    holder, made = stepped(seed=1)
+    before = {name: value.clone() for name, value in holder.model.state_dict().items()}
+    saver = write(tmp_path, 1, holder, made, background=True)
+    with torch.no_grad():
+        for parameter in holder.parameters():
+            parameter.add_(1.0)  # training goes on while threads write
+    saver.finish()
+    found = load_model_state(tmp_path)
+    assert all(torch.equal(found[name], before[name]) for name in before)
+    saver.save(Trainer(step=2), model=holder, optimisers=made)
+    saver.save(Trainer(step=3), model=holder, optimisers=made)  # waits for the one before
+    assert (tmp_path / "checkpoints" / "step-00000002" / "trainer.json").is_file()
+    saver.finish()
+    assert latest(tmp_path).name == "step-00000003"
+
+
+def test_a_save_that_fails_in_the_background_is_raised_by_the_next(tmp_path):
+    holder, made = stepped(seed=1)
+    write(tmp_path, 1, holder, made)
+    saver = Saver(tmp_path, ONE, keep=2, background=True)
+    blocked = tmp_path / "latest"
+    blocked.unlink()
+    blocked.mkdir()  # a file cannot be put in its place
+    saver.save(Trainer(step=2), model=holder, optimisers=made)
+    with pytest.raises(OSError, match="latest"):
+        saver.finish()
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (flip, r"__0_0\.distcp is damaged: its SHA-256"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-100]), "is damaged"),
+        (lambda path: path.unlink(), r"__0_0\.distcp cannot be read"),
+    ],
+)
+def test_a_damaged_file_is_named_and_the_way_back_too(tmp_path, harm, said):
+    holder, made = stepped(seed=1)
+    for step in (1, 2):
+        write(tmp_path, step, holder, made)
+    harm(latest(tmp_path) / "__0_0.distcp")
+    fresh = Holder(seed=2)
+    for read in (
+        lambda: load_model_state(tmp_path),
+        lambda: load(
+            latest(tmp_path), model=fresh, optimisers=optimisers(fresh, Optim()), world=ONE
+        ),
+    ):
+        with pytest.raises(CommandError, match=said + r".*latest: step-00000001"):
+            read()
+    (tmp_path / "latest").write_text("step-00000001\n")
+    assert load_model_state(tmp_path)
+
+
+HALF = """
+import os, signal, sys
+from pathlib import Path
+import lvm.checkpoint as module
+sys.path.insert(0, sys.argv[2])
+from test_checkpoint import stepped, write
+holder, made = stepped(seed=1)
+write(Path(sys.argv[1]), 1, holder, made)
+def die(self, plan, planner):
+    super(module._Writer, self).write_data(plan, planner)
+    os.kill(os.getpid(), signal.SIGKILL)  # the data is written, its index is not
+module._Writer.write_data = die
+write(Path(sys.argv[1]), 2, holder, made, background=True).finish()
+"""
+
+
+def test_a_checkpoint_killed_while_it_is_written_never_becomes_the_latest(tmp_path):
+    here = Path(__file__)
+    env = {**os.environ, "PYTHONPATH": str(here.parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", HALF, str(tmp_path), str(here.parent)]
+    killed = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert left == {"step-00000001", "step-00000002.tmp-save"}
+    assert latest(tmp_path).name == "step-00000001"
+    holder, made = stepped(seed=1)
+    write(tmp_path, 3, holder, made)
+    assert latest(tmp_path).name == "step-00000003"
+    assert not (tmp_path / "checkpoints" / "step-00000002.tmp-save").exists()
 
 
 class Bomb:

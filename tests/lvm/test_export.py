@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 import lvm
-from lvm import export
+from lvm import export, weights
 from tokenizer.cli import InputError
 
 transformers = pytest.importorskip("transformers", reason="the oracle; in the extra dev")
@@ -19,15 +18,17 @@ def read(path):
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("layout", ["bos", "none"])
-def test_transformers_reads_the_same_logits(make_model, tmp_path, rng, layout, shards):
-    model = make_model(layout=layout, rope_theta=500.0, norm_eps=1e-5, head_dim=12)
+@pytest.mark.parametrize(("layout", "qk_norm"), [("bos", False), ("none", False), ("bos", True)])
+def test_transformers_reads_the_same_logits(make_model, tmp_path, rng, layout, qk_norm, shards):
+    shape = {"rope_theta": 500.0, "norm_eps": 1e-5, "head_dim": 12, "qk_norm": qk_norm}
+    model = make_model(layout=layout, **shape)
     size = sum(p.nbytes for p in model.parameters())
     export.write(model, tmp_path / "hf", shard_bytes=size // shards + 5000)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) == shards
-    theirs, about = transformers.LlamaForCausalLM.from_pretrained(
+    theirs, about = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "hf", output_loading_info=True
     )
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
     assert not any(about.values())  # nothing missing, unexpected or of another shape
     ids = torch.randint(0, model.config.vocab_size, (2, 50), generator=rng)
     with torch.no_grad():
@@ -37,10 +38,13 @@ def test_transformers_reads_the_same_logits(make_model, tmp_path, rng, layout, s
     assert not list((tmp_path).glob("*.tmp-*"))
 
 
+@pytest.mark.parametrize("limit", [10**9, 9000])
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("format", ["hf", "native"])
-def test_what_is_written_loads_as_the_same_model(make_model, tmp_path, format):
-    model = make_model(tokenizer="f" * 64)
-    export.write(model, tmp_path / "m", format=format)
+def test_what_is_written_loads_as_the_same_model(make_model, tmp_path, format, qk_norm, limit):
+    model = make_model(tokenizer="f" * 64, qk_norm=qk_norm)
+    export.write(model, tmp_path / "m", format=format, shard_bytes=limit)
+    assert (tmp_path / "m" / weights.INDEX).is_file() == (limit == 9000)
     again = lvm.load(tmp_path / "m")
     written = replace(model.config, head_dim=model.config.dim)  # the default, spelt out
     assert replace(again.config, head_dim=again.config.dim) == written
@@ -69,6 +73,18 @@ def test_the_config_says_what_vllm_and_transformers_read(make_model, tmp_path):
     assert (config["bos_token_id"], config["pad_token_id"]) == (40, 42)
     assert config["eos_token_id"] is None
     assert read(tmp_path / "hf/lvm.json")["specials"] == {"bos": 40, "eos": 41, "pad": 42}
+
+
+def test_the_config_of_a_qwen3_says_what_it_does_not_have(make_model, tmp_path):
+    export.write(make_model(qk_norm=True), tmp_path / "hf")
+    config = read(tmp_path / "hf/config.json")
+    assert (config["architectures"], config["model_type"]) == (["Qwen3ForCausalLM"], "qwen3")
+    absent = ("attention_bias", "use_sliding_window", "tie_word_embeddings")
+    assert all(config[key] is False for key in absent)
+    assert config["sliding_window"] is config["eos_token_id"] is config["rope_scaling"] is None
+    assert (config["head_dim"], config["num_key_value_heads"]) == (8, 2)
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    assert theirs.eos_token_id is None and theirs.layer_types == ["full_attention"] * 2
 
 
 def test_a_table_of_codes_alone_has_no_specials(make_model, tmp_path):
@@ -121,11 +137,11 @@ def test_a_failed_export_leaves_the_old_one(make_model, tmp_path, monkeypatch):
     model = make_model(seed=1)
     export.write(model, out, format="native")
 
-    def full(state, path, **more):
-        save_file(state, path)
+    def full(path, state, **more):
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(weights, "write_file", full)
     with pytest.raises(OSError, match="No space"):
         export.write(make_model(seed=2), out, format="native")
     assert torch.equal(lvm.load(out).head.weight, model.head.weight)
@@ -138,3 +154,26 @@ def test_the_command_exports_any_model_folder(make_model, tmp_path, capsys):
     export.main(export.Export(model=tmp_path / "native", out=tmp_path / "hf", dtype="fp32"))
     assert "4 files" in capsys.readouterr().out
     assert torch.equal(lvm.load(tmp_path / "hf").embed.weight, model.embed.weight)
+
+
+def test_the_command_splits_weights_above_a_size(make_model, tmp_path):
+    model = make_model(qk_norm=True)
+    export.write(model, tmp_path / "native", format="native")
+    command = export.Export(model=tmp_path / "native", out=tmp_path / "hf", shard_gb=2e-5)
+    export.main(command)
+    files = list((tmp_path / "hf").glob("model-*.safetensors"))
+    assert len(files) > 2 and all(f.stat().st_size < 20_000 + 2000 for f in files)  # and a header
+    found = lvm.load(tmp_path / "hf").state_dict()
+    assert all(torch.equal(found[k], v) for k, v in model.state_dict().items())
+    for size in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match="--shard-gb"):
+            export.main(replace(command, shard_gb=size))
+
+
+def test_a_model_is_exported_over_itself(make_model, tmp_path):
+    """Its weights are mapped from the very files that the export replaces."""
+    model = make_model()
+    export.write(model, tmp_path / "m", shard_bytes=9000)
+    export.main(export.Export(model=tmp_path / "m", out=tmp_path / "m", format="native"))
+    found = lvm.load(tmp_path / "m").state_dict()
+    assert all(torch.equal(found[k], v) for k, v in model.state_dict().items())

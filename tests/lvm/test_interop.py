@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import lvm
 from lvm import export, interop
-from lvm.checkpoint import Trainer, save
+from lvm.checkpoint import Saver, Trainer
 from lvm.config import Reads
 from lvm.generate import generate_codes
 from lvm.recipes import recipe
@@ -39,6 +39,18 @@ def theirs():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE)).eval()
+
+
+@pytest.fixture(scope="module")
+def qwen3():
+    """Transformers' own, every norm of heads with weights of its own."""
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        made = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE)).eval()
+        for name, parameter in made.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.uniform_(0.5, 1.5)
+    return made
 
 
 @pytest.fixture
@@ -68,6 +80,76 @@ def test_a_folder_of_transformers_gives_the_same_logits(theirs, folder, rng):
     torch.testing.assert_close(logits(model, ids), logits(theirs, ids), atol=1e-4, rtol=0)
     assert not model.training
     assert next(model.parameters()).dtype == torch.float32
+
+
+def test_a_qwen3_of_transformers_gives_the_same_logits_and_goes_back(qwen3, tmp_path, rng):
+    qwen3.save_pretrained(tmp_path / "hf", max_shard_size="500KB")
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
+    model = lvm.load(tmp_path / "hf")
+    assert model.config.qk_norm and model.config.head_dim == 16 and model.config.norm_eps == 1e-5
+    ids = torch.randint(0, 8292, (2, 40), generator=rng)
+    # fp32, the same sums in another order.
+    torch.testing.assert_close(logits(model, ids), logits(qwen3, ids), atol=1e-4, rtol=0)
+    export.write(model, tmp_path / "back", shard_bytes=500_000)
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").state_dict()
+    assert all(torch.equal(back[k], v) for k, v in qwen3.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_sliding_window": True}, "use_sliding_window is True; supported: False"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "has sliding_attention; supp"),
+        ({"attention_bias": True}, "attention_bias is True; supported: False"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            'rope_scaling is .*"yarn".*; supp',
+        ),
+        ({"head_dim": None}, "lacks head_dim"),
+        ({"num_key_value_heads": None}, "lacks num_key_value_heads"),
+        ({"model_type": "llama"}, r"unexpected: model\.layers\.0\.self_attn\.k_norm\.weight"),
+    ],
+)
+def test_what_a_qwen3_may_have_and_is_not_built_here_is_refused(qwen3, tmp_path, changes, words):
+    qwen3.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=words):
+        lvm.load(edit(tmp_path, **changes))
+
+
+def test_every_fault_of_a_config_is_named_at_once(folder):
+    changes = {"attention_bias": True, "hidden_act": "gelu", "partial": 1}
+    with pytest.raises(InputError, match=r"attention_bias is True.*; hidden_act is gelu; supp"):
+        lvm.load(edit(folder, **changes))
+
+
+def test_a_llama_whose_norms_were_left_out_of_a_qwen3_is_refused(folder):
+    with pytest.raises(InputError, match=r"missing: model\.layers\.0\.self_attn\.k_norm\.weight"):
+        lvm.load(edit(folder, model_type="qwen3"))
+
+
+def test_lvms_release_is_read_as_it_was_published(tmp_path, rng):
+    """Three fp16 shards and a config of EasyLM's converter: no head_dim, no specials, so eos 2."""
+    half = transformers.LlamaConfig(**{**SHAPE, "head_dim": 12})
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        published = transformers.LlamaForCausalLM(half).half().eval()
+    published.save_pretrained(tmp_path, max_shard_size="797KB")
+    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    keys = {k: v for k, v in SHAPE.items() if k not in ("head_dim", "rope_theta")}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **keys}
+    config |= {"bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float16", "rope_theta": 5000.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = lvm.load(tmp_path)
+    assert model.reads == Reads(
+        layout="none", codes=8192, codes_per_image=256, row_len=4096, whole_rows=True
+    )
+    assert model.config.vocab_size == 8292  # 100 rows that no code has
+    ids = torch.randint(0, 8192, (2, 40), generator=rng)
+    same = transformers.LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert logits(same, ids).std() > 1
+    # fp32, the same sums in another order.
+    torch.testing.assert_close(logits(model, ids), logits(same, ids), atol=1e-4, rtol=0)
 
 
 def test_a_folder_without_lvm_json_reads_as_lvms_release(folder):
@@ -152,11 +234,12 @@ def test_an_eos_that_is_a_code_changes_nothing(make_model, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"attention_bias": True}, "attention_bias"),
+        ({"attention_bias": True}, "attention_bias is True; supported: False"),
         ({"mlp_bias": True}, "mlp_bias"),
-        ({"hidden_act": "gelu"}, "hidden_act gelu"),
+        ({"hidden_act": "gelu"}, "hidden_act is gelu; supported: silu"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2}}, "linear"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"num_key_value_heads": 3}, "cannot share 3"),
         ({"model_type": "gpt2"}, "describes gpt2"),
@@ -231,7 +314,7 @@ def test_a_run_folder_gives_its_latest_weights(make_model, tmp_path):
     world = World(device=torch.device("cpu"))
     for step, model in ((1, older), (2, newer)):
         holder = torch.nn.ModuleDict({"model": model})  # as the trainer holds it
-        save(tmp_path, Trainer(step=step), model=holder, optimisers=[], world=world, keep=2)
+        Saver(tmp_path, world, keep=2).save(Trainer(step=step), model=holder, optimisers=[])
     found = lvm.load(tmp_path)
     assert found.config == newer.config
     assert found.reads == newer.reads
@@ -241,8 +324,9 @@ def test_a_run_folder_gives_its_latest_weights(make_model, tmp_path):
 
 
 def test_every_tensor_has_a_name_in_the_table(make_model):
-    model = make_model()
-    assert set(interop.hf_names(model.config)) == set(model.state_dict())
+    for qk_norm in (False, True):
+        model = make_model(qk_norm=qk_norm)
+        assert set(interop.hf_names(model.config)) == set(model.state_dict())
 
 
 def test_loading_a_model_loads_no_heavy_library(make_model, tmp_path):

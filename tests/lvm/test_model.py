@@ -9,9 +9,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lvm.config import ModelConfig
-from lvm.interop import hf_names, to_llama
+from lvm.interop import hf_names, to_hf
 from lvm.mask import allowed, attention_mask
-from lvm.model import Transformer, build, on_meta, rotary
+from lvm.model import Cache, Transformer, build, on_meta, rotary
 from lvm.objectives.next_code import next_code
 from lvm.recipes import recipes
 from visual_sentences.pack import Rows, pack
@@ -22,9 +22,10 @@ transformers = pytest.importorskip("transformers", reason="the oracle; in the ex
 
 def hugging_face(model: Transformer):
     """Transformers' model with the weights of ours."""
-    config = to_llama(model.config, model.reads, dtype=torch.float32)
-    config = transformers.LlamaConfig(**config, attn_implementation="eager")
-    theirs = transformers.LlamaForCausalLM(config).eval()
+    config = to_hf(model.config, model.reads, dtype=torch.float32)
+    config = transformers.AutoConfig.for_model(**config, attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    assert type(theirs).__name__.startswith("Qwen3" if model.config.qk_norm else "Llama")
     names = hf_names(model.config)
     theirs.load_state_dict({names[k]: v for k, v in model.state_dict().items()})
     return theirs
@@ -47,10 +48,10 @@ def rows_of(*sentences: torch.Tensor, width: int) -> Rows:
 
 @pytest.mark.parametrize("dim", [64, 96, 100, 128])
 @pytest.mark.parametrize("kv_heads", [1, 2])
-def test_logits_equal_transformers(make_model, rng, dim, kv_heads):
-    model = make_model(
-        width=2 * dim, heads=2, kv_heads=kv_heads, ffn=160, rope_theta=5000.0, init_std=0.1
-    )
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+def test_logits_equal_transformers(make_model, rng, dim, kv_heads, qk_norm):
+    shape = {"width": 2 * dim, "heads": 2, "kv_heads": kv_heads, "ffn": 160, "norm_eps": 1e-3}
+    model = make_model(**shape, rope_theta=5000.0, init_std=0.1, qk_norm=qk_norm)
     ids = torch.randint(0, model.config.vocab_size, (2, 70), generator=rng)
     with torch.no_grad():
         ours, theirs = model(ids), hugging_face(model)(ids).logits
@@ -180,6 +181,70 @@ def test_a_seed_draws_the_same_weights_whatever_the_table(make_model):
     assert not torch.equal(
         small.layers[1].attn.q.weight, make_model(seed=1).layers[1].attn.q.weight
     )
+
+
+def test_every_tensor_is_drawn_by_its_place_and_qk_norm_moves_none(make_model):
+    """Old models keep their weights: the seed of a tensor is 100003 seeds and its place."""
+    plain = build(make_model().config, seed=5)
+    places = {"embed.weight": 0, "layers.0.attn.q.weight": 2, "layers.0.mlp.gate.weight": 7}
+    places |= {"layers.1.attn.q.weight": 11, "layers.1.mlp.down.weight": 18, "head.weight": 20}
+    state = plain.state_dict()
+    for name, place in places.items():
+        noise = torch.randn(
+            state[name].shape, generator=torch.Generator().manual_seed(500_015 + place)
+        )
+        assert torch.equal(state[name], noise * plain.config.init_std), name
+    normed = build(replace(plain.config, qk_norm=True), seed=5).state_dict()
+    assert all(torch.equal(normed.pop(name), tensor) for name, tensor in state.items())
+    assert sorted(normed) == [
+        f"layers.{i}.attn.{x}_norm.weight" for i in range(2) for x in ("k", "q")
+    ]
+    assert all(torch.equal(tensor, torch.ones(8)) for tensor in normed.values())
+
+
+def test_qk_norm_makes_logits_blind_to_the_size_of_queries(make_model, rng):
+    ids = torch.randint(0, 40, (1, 20), generator=rng)
+    moved = []
+    for qk_norm in (True, False):
+        model = make_model(qk_norm=qk_norm, norm_eps=1e-12)
+        with torch.no_grad():
+            before = model(ids)
+            for block in model.layers:
+                block.attn.q.weight *= 8.0
+            moved.append(float((model(ids) - before).abs().max()))
+    assert moved[0] < 1e-4 < 0.1 < moved[1]  # fp32 roundings of logits of size 1
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_cache_changes_no_logit(make_model, rng, qk_norm):
+    model = make_model(qk_norm=qk_norm)
+    ids = torch.randint(0, 40, (2, 20), generator=rng)
+    cache = Cache(model.config, rows=2, length=20)
+    with torch.no_grad():
+        parts = [model(ids[:, a:b], cache=cache) for a, b in ((0, 9), (9, 10), (10, 20))]
+        # fp32, the same sums in another order
+        torch.testing.assert_close(torch.cat(parts, 1), model(ids), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_qk_norm_under_autocast(make_model, rng, monkeypatch, cuda):
+    """Autocast on CUDA norms to fp32, which is put on here. Attention refuses mixed types."""
+    plain = torch.nn.functional.rms_norm
+
+    def wide(x, shape, weight, eps):
+        return plain(x.float(), shape, weight.float(), eps)
+
+    if cuda:
+        monkeypatch.setattr("kernels.rope.F.rms_norm", wide)
+    model = make_model(qk_norm=True)
+    ids = torch.randint(0, 40, (1, 20), generator=rng)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model(ids)
+    with torch.no_grad():
+        wanted = model.float()(ids)
+    assert found.dtype == torch.bfloat16
+    # Some twenty products and sums in a row, each rounded to 2^-9 of logits that spread by `std`.
+    assert float((found - wanted).abs().mean()) < 0.05 * float(wanted.std())
 
 
 def test_rotary_angles_stay_exact_under_bf16():

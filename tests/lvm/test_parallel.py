@@ -16,7 +16,8 @@ import torch
 
 from lvm.checkpoint import Trainer, latest, load_model_state
 from lvm.config import Run
-from lvm.parallel import compute
+from lvm.model import build, on_meta
+from lvm.parallel import check_shards, compute, initialise, parallelize
 from lvm.recipes import recipe
 from lvm.train import train
 from tokenizer.cli import InputError
@@ -27,7 +28,7 @@ HERE = Path(__file__).parent
 
 def small(data: Path, out: Path, **values) -> Run:
     run = recipe("tiny")
-    model = replace(run.model, layers=2, width=32, ffn=48)
+    model = replace(run.model, layers=2, width=32, ffn=48, qk_norm=True)
     optim = replace(run.optim, warmup=2, decay_steps=10)
     base = replace(run, model=model, optim=optim, precision="fp32", device="cpu", log_every=1)
     return replace(base, data=str(data), out=str(out), steps=10, save_every=5, **values)
@@ -140,6 +141,57 @@ def test_muon_on_two_ranks_follows_one_process(runs):
 
 
 @pytest.mark.slow
+def test_two_copies_of_two_shards_give_the_losses_of_one_process(runs, data, tmp_path):
+    """HSDP, with micro-batches, so that copies sum what several passes have added up."""
+    one = small(data, tmp_path / "hybrid", shards=2, micro_rows=1)
+    first = replace(one, out=str(tmp_path / "sgd.pt"), model=replace(one.model, vocab_size=128))
+    on_ranks([first, one], tmp_path, world=4)
+    assert losses(tmp_path / "hybrid") == pytest.approx(losses(runs / "one"), rel=1e-5)
+    one_step, four = (
+        torch.load(path, weights_only=True) for path in (runs / "sgd-one.pt", tmp_path / "sgd.pt")
+    )
+    for name in one_step:  # fp32 gradients of size 0.1, summed in another order
+        torch.testing.assert_close(four[name], one_step[name], rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_four_ranks_two_and_three_go_on_with_the_same_samples(data, tmp_path):
+    """A run's ids do not depend on who computes them: 4 ranks to 4, 2 to 7, 3 to 10."""
+    whole = replace(small(data, tmp_path / "whole", micro_rows=1), batch_rows=12, save_every=1)
+    train(whole)
+    moved = replace(whole, out=str(tmp_path / "moved"))
+    for ranks, steps in ((4, 4), (2, 7), (3, 10)):
+        sgd = replace(
+            whole, out=str(tmp_path / "sgd.pt"), model=replace(whole.model, vocab_size=128)
+        )
+        on_ranks([sgd, replace(moved, steps=steps)], tmp_path, world=ranks)
+    assert losses(tmp_path / "moved") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+    ends = [Trainer.load(latest(tmp_path / name)) for name in ("whole", "moved")]
+    assert ends[0].samples == ends[1].samples == 120
+    worlds = json.loads((tmp_path / "moved" / "environment.json").read_text())
+    assert [start["world"] for start in worlds] == [4, 2, 3]
+
+
+@pytest.mark.slow
+def test_recomputation_on_two_ranks_changes_no_loss(runs, data, tmp_path):
+    both = [replace(small(data, tmp_path / mode), recompute=mode) for mode in ("selective", "full")]
+    first = replace(
+        both[0], out=str(tmp_path / "sgd.pt"), model=replace(both[0].model, vocab_size=128)
+    )
+    on_ranks([first, *both], tmp_path)
+    for mode in ("selective", "full"):
+        assert losses(tmp_path / mode) == losses(runs / "two")
+
+
+def test_shards_that_do_not_divide_the_ranks_are_refused():
+    assert [check_shards(n, world=8) for n in (0, 1, 2, 8)] == [8, 1, 2, 8]
+    with pytest.raises(
+        InputError, match=r"--shards 3 does not divide 8 ranks; one of \[1, 2, 4, 8"
+    ):
+        check_shards(3, world=8)
+
+
+@pytest.mark.slow
 def test_four_ranks_give_the_losses_of_one_process(runs, data, tmp_path):
     one = small(data, tmp_path / "four")
     shape = replace(one.model, vocab_size=128)
@@ -194,3 +246,16 @@ def test_attention_that_cannot_run_here_is_refused_before_anything_is_written(da
     with pytest.raises(InputError, match=r"--attention triton.*wanted cuda"):
         train(replace(small(data, tmp_path / "run"), attention="triton"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_made_without_memory_gets_the_weights_of_one_made_with():
+    run = recipe("tiny")
+    config = replace(run.model, vocab_size=128)
+    model = on_meta(config)
+    root = torch.nn.ModuleDict({"model": model})
+    here = World(device=torch.device("cpu"))
+    parallelize(root, model.layers, here, precision="fp32")
+    initialise(model, 7)
+    wanted = build(config, seed=7).state_dict()
+    assert model.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())

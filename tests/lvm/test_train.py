@@ -1,3 +1,4 @@
+import gc
 import json
 import math
 import os
@@ -5,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lvm import train as module
 from lvm.checkpoint import Trainer, latest, load_model_state
 from lvm.config import Reads, Run
 from lvm.model import build
+from lvm.parallel import recompute_block
 from lvm.recipes import recipe
 from lvm.train import Learner, Training, backward, main, refuse_leaks, train
 from tokenizer.cli import CommandError, InputError, guarded
@@ -117,6 +122,50 @@ def test_losses_are_the_same_for_any_micro_batch(run):
     assert losses(eight) == pytest.approx(losses(one), rel=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_what_is_computed_again_has_the_same_bits(run, mode):
+    again = beside(run, mode, recompute=mode, steps=4)
+    train(replace(run, steps=4))
+    train(again)
+    assert losses(again) == losses(run)
+    assert same_weights(run, again)
+
+
+def test_recomputation_keeps_less(run):
+    """Bytes that a forward pass leaves for the backward pass; logits are never among them."""
+    batch, kept = first_batch(run), {}
+    for mode in ("none", "selective", "full"):
+        learner = learner_of(run)
+        for block in learner.model.layers:
+            recompute_block(block, mode)
+        saved = weakref.WeakSet()  # selective recomputation keeps its products by itself
+
+        class Count(TorchDispatchMode):
+            def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+                out = operator(*args, **(kwargs or {}))
+                for x in tree_leaves(out):
+                    if isinstance(x, torch.Tensor):
+                        saved.add(x.untyped_storage())  # noqa: B023 - of this turn
+                return out
+
+        with Count():
+            loss = learner(batch).loss
+        gc.collect()
+        kept[mode] = sum(storage.nbytes() for storage in saved)
+        loss.backward()
+    assert kept["full"] < 0.6 * kept["selective"] < 0.6 * 0.9 * kept["none"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_compiled_blocks_give_the_same_losses(run, mode):
+    compiled = beside(run, "compiled", compile=True, recompute=mode)
+    train(run)
+    train(compiled)
+    # Sums in another order, as between ranks.
+    assert losses(compiled) == pytest.approx(losses(run), rel=1e-5)
+
+
 def test_a_batch_is_learnt_by_heart_and_starts_at_chance(run, make_data, tmp_path):
     """Chance is ln of the table's width. Logits of spread 0.02·√32 = 0.11 add 0.006, and their mean
     over 200 labels moves by 0.11/√200 = 0.008: 0.04 is four times that and more."""
@@ -147,8 +196,10 @@ def test_a_run_killed_and_resumed_ends_bit_by_bit_like_an_undisturbed_one(run, t
         stderr=subprocess.PIPE,
         text=True,
     ) as child:
-        metrics = Path(killed.out) / "metrics.jsonl"
-        while child.poll() is None and not (metrics.exists() and len(losses(killed)) == 7):
+        metrics, saved = Path(killed.out) / "metrics.jsonl", Path(killed.out) / "latest"
+        while child.poll() is None and not (
+            metrics.exists() and len(losses(killed)) == 7 and saved.exists()
+        ):
             time.sleep(0.02)
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL, child.stderr.read()
