@@ -152,9 +152,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--choose", action="store_true",
         help="write what attention's `auto` takes on this GPU to kernels/backends.json and DIR",
     )  # fmt: skip
-    parser.add_argument(
-        "--minutes", type=float, default=8.0, help="begin no case after these"
-    )
+    parser.add_argument("--minutes", type=float, default=8.0, help="begin no case after these")
 
 
 def go_on(args: Sequence[str], left: Sequence[str], minutes: float) -> None:

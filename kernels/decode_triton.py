@@ -42,6 +42,7 @@ PROGRAMS = 4  # wanted for each multiprocessor
 SPAN = 128
 SPLITS = 64  # most
 CHUNK = 16  # partial results that a merge holds at once
+MERGE: dict[str, Any] = {"num_warps": 2, "enable_fp_fusion": True}
 
 # Nothing is specialised but the alignment of pointers: no launch compiles again because a count has
 # become 1, least of all while a CUDA graph is captured.
@@ -217,7 +218,7 @@ def attend(q: Tensor, caches: Sequence[Cache], scale: float) -> Tensor:
             first += splits
         if total > 1:
             merge_kernel[rows_n * heads,](
-                parts, lse, out, total, D=width, **merge_constants(total, width), num_warps=2
+                parts, lse, out, total, D=width, **merge_constants(total, width), **MERGE
             )
     return out
 
@@ -263,5 +264,5 @@ def programs() -> Iterator[Program]:
             kernel=merge_kernel,
             types={"parts_ptr": "*fp32", "lse_ptr": "*fp32", "out_ptr": "*bf16", "splits": "i32"},
             constants={"D": width, **merge_constants(splits, width)},
-            options={"num_warps": 2},
+            options=MERGE,
         )
