@@ -27,6 +27,7 @@ if [[ ! -f $common ]]; then
     echo "build: $common is not there; submit from the checkout, or set LVM_ROOT to it" >&2
     exit 2
 fi
+# shellcheck source=launch/build_common.sh
 source "$common"
 
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then

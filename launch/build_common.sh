@@ -1,34 +1,20 @@
 # Shared by the build scripts: check, run one step, end or requeue. Sourced, not run.
+# shellcheck shell=bash
 #
 #   SPEC       the mixture, such as mix.toml                  required
 #   TOKENIZER  folder of the tokenizer                        required, but with EXTRA="--images"
 #   OUT        folder for the shards, which all nodes see     required
-#   ENV        virtual environment; or CONTAINER, an image    required (one of the two)
 #   EXTRA      more options, as in EXTRA="--device cuda"      default: none
-#   LVM_ROOT   the checkout                                   default: where sbatch was called
 #   MAX_RESTARTS  requeues after a failure                    default: 5
-#
-# launch/cluster.env, where present, sets ENV or CONTAINER; MOUNTS adds host folders to a container,
-# such as those that the spec names.
+#   ENV, CONTAINER, LVM_ROOT: launch/job.sh. MOUNTS are the folders that the spec names
 #
 # A build may be killed at any moment and goes on from its finished units, so nothing is saved before
 # the time limit: USR1 comes 60 s before it, and the job is requeued. So is a failure. Both only while
 # units get finished, and never where the options are wrong.
 
-set -uo pipefail
-
-fail() {
-    echo "build: $*" >&2
-    exit 2
-}
-
-ROOT=${LVM_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}
-cd "$ROOT" || fail "cannot enter $ROOT"
-if [[ -f launch/cluster.env ]]; then
-    set -a
-    source launch/cluster.env
-    set +a
-fi
+who=build
+# shellcheck source=launch/job.sh
+source "${BASH_SOURCE[0]%/*}/job.sh"
 
 [[ -n ${SPEC:-} ]] || fail "SPEC is not set; give the mixture: SPEC=mix.toml TOKENIZER=/path OUT=/path sbatch …"
 [[ -f $SPEC ]] || fail "there is no spec SPEC=$SPEC"
@@ -39,18 +25,8 @@ if [[ " ${EXTRA:-} " != *" --images "* ]]; then
     [[ -d $TOKENIZER ]] || fail "there is no folder TOKENIZER=$TOKENIZER"
     options+=(--tokenizer "$TOKENIZER")
 fi
-if [[ -n ${CONTAINER:-} ]]; then
-    container=(--container-image="$CONTAINER" --container-mounts="$ROOT,$OUT,${MOUNTS:-$ROOT}" --container-workdir="$ROOT")
-elif [[ -n ${ENV:-} ]]; then
-    [[ -x $ENV/bin/python ]] || fail "no python in ENV=$ENV; wanted a virtual environment with bin/python"
-    export PATH=$ENV/bin:$PATH
-    container=()
-else
-    fail "neither ENV (a virtual environment) nor CONTAINER (an image) is set; see launch/cluster.env.example"
-fi
-
-MAX_RESTARTS=${MAX_RESTARTS:-5}
-restarts=${SLURM_RESTART_COUNT:-0}
+environment "$OUT" ${TOKENIZER:+"$TOKENIZER"}
+[[ -n ${CONTAINER:-} ]] || export PATH=$ENV/bin:$PATH
 mkdir -p "$OUT/logs" || fail "cannot write to OUT=$OUT"
 export OMP_NUM_THREADS=1
 cpus=${SLURM_CPUS_PER_TASK:-1}
@@ -58,6 +34,7 @@ cpus=${SLURM_CPUS_PER_TASK:-1}
 # A step may end well although the build did not, so the build's own exit code is kept in a file;
 # EXTRA is a list of words on purpose.
 ended=$OUT/logs/ended-$SLURM_JOB_ID
+# shellcheck disable=SC2016,SC2206,SC2034
 build=(bash -c '"$@"; code=$?; echo "$code" > "$0"; exit "$code"' "$ended"
     python -m visual_sentences.build "${options[@]}" ${EXTRA:-})
 
@@ -66,7 +43,7 @@ units() { find "$OUT" -maxdepth 1 -name '*-*-*.json' | wc -l; }
 
 # Run the step of these arguments of srun, and end as it did or be requeued.
 run() {
-    local before code=0 own stopped= pid why
+    local before code=0 own stopped='' pid why
     before=$(units)
     rm -f "$ended"
     trap 'stopped=USR1' USR1

@@ -25,6 +25,7 @@ if [[ ! -f $common ]]; then
     echo "build: $common is not there; submit from the checkout, or set LVM_ROOT to it" >&2
     exit 2
 fi
+# shellcheck source=launch/build_common.sh
 source "$common"
 [[ -n ${CONTAINER:-} || -x $ENV/bin/ray ]] || fail "no ray in ENV=$ENV; pip install 'large-vision-models[ray]' there"
 

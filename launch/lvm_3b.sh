@@ -16,8 +16,8 @@
 #   cp launch/cluster.env.example launch/cluster.env     # edit: your environment, your network
 #   DATA=/path/to/shards sbatch -p PARTITION -A ACCOUNT launch/lvm_3b.sh
 #
-# Fewer GPUs: sbatch --nodes=2 launch/lvm_3b.sh. The batch stays 512 rows whatever their number.
-# Variables: launch/common.sh.
+# Fewer GPUs: sbatch --nodes=4 launch/lvm_3b.sh. The batch stays 512 rows whatever their number.
+# Variables: launch/common.sh. The same with checks before it waits: python -m launch submit lvm_3b.
 
 RECIPE=${RECIPE:-lvm_3b}
 
@@ -27,4 +27,5 @@ if [[ ! -f $common ]]; then
     echo "lvm: $common is not there; submit from the checkout, or set LVM_ROOT to it" >&2
     exit 2
 fi
+# shellcheck source=launch/common.sh
 source "$common"

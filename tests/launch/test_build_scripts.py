@@ -190,7 +190,8 @@ def test_cluster_env_is_read_and_a_container_used(cluster):
     cluster.tool("bin/python", PYTHON.replace("{body}", ""))
     code, _, _ = cluster.submit("build_array", LVM_ROOT=str(checkout), ENV=None)
     assert code == 0 and "--container-image=/images/lvm.sqsh" in cluster.seen("srun.args")
-    assert f"--container-mounts={checkout},{cluster.out},/photos" in cluster.seen("srun.args")
+    mounts = f"{checkout},{cluster.out},{cluster.folder}/tok,/photos"
+    assert f"--container-mounts={mounts} " in cluster.seen("srun.args")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
