@@ -24,9 +24,9 @@ from kernels.timing import Row, about, describe, in_json, options, recover, seco
 from lvm import metrics, optim, parallel
 from lvm.config import Reads, Run
 from lvm.interop import to_llama
+from lvm.learner import Learner, backward
 from lvm.model import on_meta
 from lvm.recipes import recipe
-from lvm.train import Learner, backward
 from tokenizer.world import World
 from visual_sentences.batch import Batch
 

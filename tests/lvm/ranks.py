@@ -13,9 +13,10 @@ import torch
 import torch.distributed as dist
 
 from lvm.config import Run
+from lvm.learner import Learner, backward
 from lvm.model import build
 from lvm.parallel import parallelize
-from lvm.train import Learner, backward, train
+from lvm.train import train
 from tokenizer.world import world
 from visual_sentences.loader import Loader
 from visual_sentences.pack import pack

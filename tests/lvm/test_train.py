@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves
 from lvm import train as module
 from lvm.checkpoint import Trainer, latest, load_model_state
 from lvm.config import Reads, Run
+from lvm.learner import Learner, backward, refuse_leaks
 from lvm.model import build
 from lvm.parallel import recompute_block
 from lvm.recipes import recipe
-from lvm.train import Learner, Training, backward, main, refuse_leaks, train
+from lvm.train import Training, main, train
 from tokenizer.cli import CommandError, InputError, guarded
 from tokenizer.world import World
 from visual_sentences.loader import Loader
