@@ -33,6 +33,7 @@ from kernels.mask import Mask, bounds, densify, padded
 
 Backend = Literal["auto", "triton", "flex", "sdpa"]
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that the kernels take
 CHANNELS = 128  # of a head, the most that the kernels take
 GRAIN = 16  # they come in multiples of this
 
@@ -46,7 +47,8 @@ def attention_reference(
     """Softmax attention written out in float64; the oracle of every backend. Shapes as below."""
     groups = q.shape[1] // k.shape[1]
     keys, values = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
-    scores = q.double() @ keys.transpose(-1, -2) * (scale or q.shape[-1] ** -0.5)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = q.double() @ keys.transpose(-1, -2) * scale
     allowed = densify(mask, k.shape[2])
     if mask.causal:
         allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None]
@@ -236,6 +238,12 @@ def packed(x: Tensor) -> Tensor:
 
 def by_kernel(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float | None) -> Tensor:
     dim = q.shape[-1]
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise ValueError(
+            f"attention of {q.dtype}, {k.dtype}, {v.dtype} by triton: wanted one of {DTYPES}"
+        )
+    if scale is not None and scale <= 0:  # the largest product would not be the largest score
+        raise ValueError(f"attention with scale {scale} by triton: wanted more than 0")
     if dim > CHANNELS:
         raise ValueError(
             f"heads of {dim} channels: the triton backend takes up to {CHANNELS}; take 'sdpa'"

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from tokenizer.cli import CommandError, InputError
@@ -111,7 +112,7 @@ class Saver:
         self.world.wait()
         found, writer, alone = tensors(model, optimisers), _Writer(temporary), self.world.size == 1
         if not self.background:
-            with _quiet():
+            with _quiet(), _unwrapped():
                 dcp.save(found, storage_writer=writer, no_dist=alone)
             self._seal(trainer, temporary, final)
             return
@@ -129,7 +130,8 @@ class Saver:
         """Wait for a save in the background; raises what it raised."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
-            pending.result()
+            with _unwrapped():
+                pending.result()
         if self.background:
             self.world.wait()
 
@@ -333,6 +335,18 @@ class _Reader(dcp.FileSystemReader):
         return {
             k: tuple(v.size) for k, v in entries.items() if isinstance(v, TensorStorageMetadata)
         }
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Raise what a full or lost disk said, out of the exception that DCP puts around it."""
+    try:
+        yield
+    except CheckpointException as wrapped:
+        for error, _ in wrapped.failures.values():
+            if isinstance(error, OSError):
+                raise error from wrapped
+        raise
 
 
 @contextmanager

@@ -147,7 +147,7 @@ class Training:
             self.saver.finish()
 
     def update(self, stream: Iterator[Rows]) -> None:
-        """Take one batch and make one update. Nothing here waits for the device."""
+        """Take one batch and make one update; waits for the device only with a `spike_limit`."""
         run, trainer = self.run, self.trainer
         clock = self.window.clock
         clock.mark("")
@@ -189,7 +189,7 @@ class Training:
         run, trainer = self.run, self.trainer
         if not run.spike_limit:
             return False
-        norm = float(self.norm)
+        norm = self.world.share(float(self.norm))  # no rank may judge by another last bit
         why = stability.judge(norm, trainer.norms, limit=run.spike_limit)
         if not why:
             norms = stability.remember(norm, trainer.norms)

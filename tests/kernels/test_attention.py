@@ -355,6 +355,13 @@ def check_a_trunk(rng):
 def check_what_cannot_be_is_named(rng):
     with pytest.raises(ValueError, match=r"160 channels.*up to 128"):
         attention(*draw(rng, dim=160, queries=4), Mask.full(), backend="triton")
+    for scale in (0.0, -1.0):
+        with pytest.raises(ValueError, match="more than 0"):
+            attention(*draw(rng, queries=4), Mask.full(), scale=scale, backend="triton")
+    q, k, v = draw(rng, queries=4)
+    for wrong in ((q, k, v.half()), (q.double(), k.double(), v.double())):
+        with pytest.raises(ValueError, match=r"by triton: wanted one of .*float32"):
+            attention(*wrong, Mask.full(), backend="triton")
     with pytest.raises(ValueError, match="islands"):
         attention(*draw(rng, queries=4), masks(4)["dense"], backend="triton")
 

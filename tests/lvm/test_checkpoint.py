@@ -1,5 +1,7 @@
+import errno
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from lvm.config import Optim
 from lvm.model import build
 from lvm.optim import optimisers
 from lvm.recipes import recipe
-from tokenizer.cli import CommandError, InputError
+from tokenizer.cli import CommandError, InputError, guarded
 from tokenizer.world import World
 
 ONE = World(device=torch.device("cpu"))
@@ -132,6 +134,23 @@ def test_a_save_that_fails_in_the_background_is_raised_by_the_next(tmp_path):
     saver.save(Trainer(step=2), model=holder, optimisers=made)
     with pytest.raises(OSError, match="latest"):
         saver.finish()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_full_disk_is_one_message(tmp_path, monkeypatch, capsys, background):
+    def full(self, plan, planner):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    holder, made = stepped(seed=1)
+    write(tmp_path, 1, holder, made)
+    monkeypatch.setattr("lvm.checkpoint._Writer.write_data", full)
+    code = guarded(
+        lambda: write(tmp_path, 2, holder, made, background=background).finish(), prog="train"
+    )
+    assert code == 1
+    said = capsys.readouterr().err
+    assert re.search("train: .*No space left on device.* run the command again", said)
+    assert latest(tmp_path).name == "step-00000001"
 
 
 def flip(path):

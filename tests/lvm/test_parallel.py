@@ -173,13 +173,14 @@ def test_four_ranks_two_and_three_go_on_with_the_same_samples(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_recomputation_on_two_ranks_changes_no_loss(runs, data, tmp_path):
+def test_recomputation_and_a_guard_on_two_ranks_change_no_loss(runs, data, tmp_path):
     both = [replace(small(data, tmp_path / mode), recompute=mode) for mode in ("selective", "full")]
     first = replace(
         both[0], out=str(tmp_path / "sgd.pt"), model=replace(both[0].model, vocab_size=128)
     )
-    on_ranks([first, *both], tmp_path)
-    for mode in ("selective", "full"):
+    guarded = replace(small(data, tmp_path / "guarded"), spike_limit=10.0)
+    on_ranks([first, *both, guarded], tmp_path)
+    for mode in ("selective", "full", "guarded"):
         assert losses(tmp_path / mode) == losses(runs / "two")
 
 
