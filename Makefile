@@ -55,9 +55,12 @@ $(VENV)/dev: $(VENV)/torch pyproject.toml
 		echo "make: triton has no wheel here; tests of kernels will be skipped" >&2
 	@touch $@
 
-# What only `make test-full` needs: Ray, and what drives a browser.
+# What only `make test-full` needs: Ray, what drives a browser, and torchtitan with the two packages
+# that it imports and nothing else brings. It asks for a `datasets` older than the one of the tests,
+# of which it uses nothing here.
 $(VENV)/full: $(VENV)/dev
 	@$(PIP) install -q -e '.[full]'
+	@$(PIP) install -q --no-deps torchtitan spmd_types torchdata
 	@touch $@
 
 # The triton of torch 2.11, to compile with and no more: PYTHONPATH puts it before the other. A whole
@@ -91,12 +94,12 @@ gate-write: $(VENV)/dev $(VENV)/triton-$(OLD_TRITON)
 # What is timed by which program.
 BENCH_kernels := kernels.bench
 BENCH_attention := kernels.bench --only attention
-BENCH_training := lvm.bench --training
+BENCH_training := lvm.bench
 BENCH_train := lvm.bench_train
 BENCH_encode := tokenizer.bench
 BENCH_build := visual_sentences.bench_build
 BENCH_loader := visual_sentences.bench_loader
-BENCH_generate := lvm.bench
+BENCH_generate := lvm.bench_generate
 BENCH_MODULE = $(or $(BENCH_$(BENCH)),$(error BENCH=$(BENCH): wanted kernels, attention, training, train, encode, build, loader or generate))
 
 bench: $(VENV)/dev

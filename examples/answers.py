@@ -1,11 +1,13 @@
 """The demo's pictures: answers to analogy and sequence prompts from held-out maps, and sentences.
 
 Writes DIR/answers.json and the PNG files that it names. An analogy is asked three times: with pairs
-of its own task before the query, with pairs of another task, and with nothing before it. An answer
-is scored by its PSNR against the true target, both as the tokenizer shows them.
+of its own task before the query, with pairs of another task, and with nothing before it. Answers
+are scored by their task's metric (`lvm.evaluation.tasks`) against the true target, both as the
+tokenizer shows them, and each task shows its best, its median and its worst.
 """
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import lvm
 import tokenizer
+from examples.tasks import PALETTES
+from lvm import interop
+from lvm.evaluation.gallery import Case, cases
+from lvm.evaluation.in_context import find_prompts, group_keys
+from lvm.evaluation.judge import judge
 from lvm.generate import Sampling, decode, draw
-from lvm.in_context import Prompts, find_prompts
 from lvm.model import Transformer
-from tokenizer.cli import Progress, run
+from tokenizer.cli import run
 from tokenizer.files import atomic_write
 from tokenizer.images import save_image
 from tokenizer.metrics import psnr
@@ -43,7 +48,9 @@ class Answers:
     split: str = "train"
     """Split of the shards: a folder built of held-out maps alone calls all of it train."""
     prompts: int = 96
-    """Analogies that are answered; best, median and worst are shown."""
+    """Analogies that are answered, over all tasks; best, median and worst are shown."""
+    group_by: str = ""
+    """Regular expression on the key of a target, as lvm.evaluate has it."""
     sequences: int = 6
     temperature: float = 0.8
     seed: int = 0
@@ -63,46 +70,68 @@ class Sheet:
 
     def add(self, images: Tensor) -> list[str]:
         """Write float images [N, 3, H, W]; returns their file names."""
+        return self.write(uint8(images))
+
+    def write(self, images: Iterable[np.ndarray]) -> list[str]:
+        """Write uint8 images [H, W, 3]; returns their file names."""
         names = []
-        for image in uint8(images):
+        for image in images:
             names.append(f"{self.count:04d}.png")
             save_image(self.folder / names[-1], image)
             self.count += 1
         return names
 
 
-def contexts(prompts: Prompts) -> dict[str, Tensor]:
-    """Return the prompts [S, images, n] of each kind; wrong only where there is another task."""
-    kinds = {"right": prompts.right, "none": prompts.shots(0)}
-    return kinds if prompts.wrong is None else {**kinds, "wrong": prompts.wrong}
+def palettes(tasks: Sequence[str]) -> list[str]:
+    """Return the colours of the segmentations among `tasks`, as lvm.evaluate's --task has them."""
+    return [
+        f"{task}=segment:" + ",".join("#" + bytes(row).hex() for row in PALETTES[task].tolist())
+        for task in dict.fromkeys(tasks)
+        if task in PALETTES
+    ]
+
+
+def entry_of(case: Case, sheet: Sheet) -> dict[str, object]:
+    """Write the pictures of a case; returns its entry in answers.json."""
+    answers = {"right": case.candidates[0], **case.others}
+    return {
+        "task": case.task,
+        "place": case.place,
+        "figure": case.figure,
+        "key": case.key,
+        "prompt": sheet.write(case.prompt),
+        "wrong_prompt": sheet.write(case.wrong_prompt),
+        "target": sheet.write([case.target])[0],
+        "answers": {kind: sheet.write([image])[0] for kind, image in answers.items()},
+        "scores": {
+            kind: {name: round(value, 4) for name, value in case.scores[kind].items()}
+            for kind in answers
+        },
+    }
 
 
 def analogies(
-    model: Transformer, tok: Tokenizer, prompts: Prompts, sheet: Sheet, command: Answers
-) -> list[dict[str, object]]:
-    """Answer every prompt of every kind; returns one entry a prompt, best answers first."""
-    sampling = Sampling(temperature=command.temperature, seed=command.seed)
-    target = decode(tok, prompts.target)
-    kinds = contexts(prompts)
-    answers, scores = {}, {}
-    with Progress("answer", total=len(kinds) * len(target), unit="prompts") as progress:
-        for kind, codes in kinds.items():
-            answers[kind] = decode(tok, draw(model, codes, sampling).codes[:, 0, 0])
-            scores[kind] = psnr(answers[kind], target).tolist()
-            progress.update(len(target))
-    entries: list[dict[str, object]] = []
-    for i in np.argsort(scores["right"])[::-1].tolist():
-        entries.append({
-            "task": prompts.tasks[i],
-            "key": prompts.keys[i],
-            "prompt": sheet.add(decode(tok, prompts.right[i])),
-            "wrong_prompt": [] if prompts.wrong is None
-            else sheet.add(decode(tok, prompts.wrong[i])),
-            "target": sheet.add(target[i : i + 1])[0],
-            "answers": {kind: sheet.add(images[i : i + 1])[0] for kind, images in answers.items()},
-            "psnr": {kind: round(values[i], 2) for kind, values in scores.items()},
-        })  # fmt: skip
-    return entries
+    model: Transformer, tok: Tokenizer, reader: Reader, sheet: Sheet, command: Answers
+) -> dict[str, object]:
+    """Answer and score prompts; returns the scores by task, and best, median and worst of each."""
+    found = find_prompts(reader, split=command.split, count=command.prompts, seed=command.seed)
+    if found is None:
+        return {"scores": {}, "analogies": []}
+    judged = judge(
+        model,
+        tok,
+        found,
+        Sampling(temperature=command.temperature, seed=command.seed),
+        groups=group_keys(found.keys, command.group_by),
+        tasks=palettes(found.tasks),
+        batch=len(found.keys),
+        show=True,
+    )
+    shown = cases(tok, judged, most=3 * len(judged.scored))
+    return {
+        "scores": judged.report["tasks"],
+        "analogies": [entry_of(case, sheet) for case in shown],
+    }
 
 
 def rows_of(
@@ -167,13 +196,12 @@ def sentences(
 
 
 def main(command: Answers) -> None:
-    model, tok = lvm.load(command.model), tokenizer.load(command.tokenizer)
+    model, tok = interop.load(command.model), tokenizer.load(command.tokenizer)
     reader = Reader(command.data, Manifest.load(command.data), split=command.split, random=False)
     sheet = Sheet(command.out)
-    found = find_prompts(reader, split=command.split, count=command.prompts, seed=command.seed)
     result = {
         "temperature": command.temperature,
-        "analogies": [] if found is None else analogies(model, tok, found, sheet, command),
+        **analogies(model, tok, reader, sheet, command),
         "sequences": sequences(model, tok, reader, sheet, command),
         "sentences": sentences(tok, reader, sheet, command),
     }

@@ -133,7 +133,7 @@ def stages(command: Demo) -> list[Stage]:
     )  # fmt: skip
     answers = (
         "examples.answers", "--model", f"{model}", "--tokenizer", f"{tok}", "--data",
-        f"{out / 'heldout'}", "--out", f"{out / 'answers'}", "--seed", seed,
+        f"{out / 'heldout'}", "--out", f"{out / 'answers'}", "--group-by", MAP, "--seed", seed,
     )  # fmt: skip
     train_tokenizer = (
         "tokenizer.train", "tiny_f4", "--data", f"{pictures / 'train'}", "--val",
@@ -224,8 +224,10 @@ def collect(command: Demo, todo: Sequence[Stage], seconds: Mapping[str, float]) 
     ]
     if rendered["options"]["source"] != "vizdoom":
         notes.append("No renderer here: views over photographs stand in for its frames.")
+    evaluation = read("evaluation.json")
+    measured = ("corpus", "perplexity", "paired", "shots", "tasks")
     return {
-        **read("evaluation.json"),
+        **{name: evaluation[name] for name in measured if name in evaluation},
         **read("answers/answers.json"),
         "tokenizer": read("tokenizer/results.json"),
         "stages": [

@@ -21,7 +21,15 @@ from tokenizer.images import encode_image
 INK = "#010203"  # in plots: becomes the page's text colour, light or dark
 HUES = {"right": "#2a9d63", "none": "#d08c1d", "wrong": "#c8374a"}
 RATIOS = {"none/right": "no prompt", "wrong/right": "a prompt of another task"}
-SHOWN = 3  # best, median and worst analogies, each
+PLACES = ("best", "median", "worst")
+CONDITIONS = (
+    "right",
+    "none",
+    "wrong",
+    "copy",
+    "last",
+    "mean",
+)  # of answers, as lvm.evaluation.judge has them
 
 Figures = Mapping[str, float | None]  # "mean", and "low" and "high" of a 95 % interval or None
 
@@ -38,13 +46,15 @@ def write_report(
         "paired"      {"none/right" | "wrong/right": {"mean", "low", "high"}}
         "shots"       [{"pairs", "mean", "low", "high", "n"}], perplexity after that many pairs
         "tasks"       {task: {"perplexity": …, "paired": …}}; so far as lvm.evaluate writes them
-        "analogies"   [{"task", "key", "prompt": [names, the query last], "wrong_prompt": [names],
-                      "target": name, "answers": {"right" | "wrong" | "none": name}, "psnr":
-                      {the same: dB}}], best answers first
+        "scores"      {task: {"metric", "setting", "primary", "n", "better", "figures"}}, as
+                      `lvm.evaluation.judge.summarise_scores`
+        "analogies"   [{"task", "place": "best" | "median" | "worst", "figure", "key", "prompt":
+                      [names, the query last], "wrong_prompt": [names], "target": name, "answers":
+                      {"right" | "wrong" | "none": name}, "scores": {the same: {figure: value}}}]
         "sequences"   [{"source", "given": [names], "drawn": [names], "true": [names], "psnr": [dB],
                       "psnr_still": [dB of the last given frame]}]
         "sentences"   [{"source", "kind", "rows": [[[names of a sentence], …], …]}]
-        "temperature" of the answers; these four as examples.answers writes them
+        "temperature" of the answers; these five as examples.answers writes them
         "tokenizer"   {"psnr", "ssim", "codes_used", "codebook_size", "perplexity", "images"}, and
                       in `pictures` under "reconstructions" originals above what came back
         "curves"      {"tokenizer": lines of metrics.jsonl as dicts, "model": the same}
@@ -71,8 +81,10 @@ def write_report(
         shots=results.get("shots", []),
         forest=forest(results) if results.get("paired") else "",
         shots_plot=shots_plot(results["shots"]) if results.get("shots") else "",
-        analogies=chosen(results.get("analogies", [])),
-        by_task=one_a_task(results.get("analogies", [])),
+        scores=results.get("scores", {}),
+        conditions=CONDITIONS,
+        analogies=by_task(results.get("analogies", [])),
+        places=PLACES,
         sequences=results.get("sequences", []),
         sentences=results.get("sentences", []),
         temperature=results.get("temperature"),
@@ -134,28 +146,14 @@ def figure(value: float | None) -> str:
     )
 
 
-def chosen(analogies: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mapping[str, Any]]]]:
-    """Return the best, the median and the worst of a list sorted by quality, each under a name.
-
-    No entry is shown twice: of few, the best come first.
-    """
-    n, count = len(analogies), min(SHOWN, len(analogies) // 3)
-    if n < 3:
-        return [("all", list(analogies))] if n else []
-    middle = (n - count) // 2
-    return [
-        ("best", list(analogies[:count])),
-        ("median", list(analogies[middle : middle + count])),
-        ("worst", list(analogies[n - count :])),
-    ]
-
-
-def one_a_task(analogies: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return each task's median answer."""
-    tasks: dict[str, list[Mapping[str, Any]]] = {}
+def by_task(
+    analogies: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Return the entry of each place of each task; one entry a place."""
+    tasks: dict[str, dict[str, Mapping[str, Any]]] = {}
     for entry in analogies:
-        tasks.setdefault(entry["task"], []).append(entry)
-    return [tasks[name][len(tasks[name]) // 2] for name in sorted(tasks)]
+        tasks.setdefault(entry["task"], {})[entry["place"]] = entry
+    return tasks
 
 
 def data_uri(name: str, pictures: Mapping[str, np.ndarray | Path]) -> str:

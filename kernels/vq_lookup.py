@@ -62,10 +62,7 @@ def search_tables(points: Tensor, codes: Tensor) -> Tensor:
     )
 
 
-# One opaque operator: torch.compile then neither unrolls the loop over tables nor looks into the
-# kernel. `triton_op`, which it could look into, refuses kernels that triton interprets.
-@torch.library.custom_op("kernels::vq_lookup", mutates_args=())
-def lookup_op(points: Tensor, codes: Tensor, backend: str) -> Tensor:
+def lookup(points: Tensor, codes: Tensor, backend: str) -> Tensor:
     with torch.no_grad(), torch.autocast(points.device.type, enabled=False):
         points, codes = points.float(), codes.float()
         if backend == "torch":
@@ -73,6 +70,11 @@ def lookup_op(points: Tensor, codes: Tensor, backend: str) -> Tensor:
         from kernels.vq_lookup_triton import search  # needs triton, which only some machines have
 
         return search(points, codes)
+
+
+# One opaque operator: torch.compile then neither unrolls the loop over tables nor looks into the
+# kernel. `triton_op`, which it could look into, refuses kernels that triton interprets.
+lookup_op = torch.library.custom_op("kernels::vq_lookup", lookup, mutates_args=())
 
 
 @lookup_op.register_fake
@@ -94,4 +96,8 @@ def vq_lookup(points: Tensor, codes: Tensor, *, backend: Backend = "auto") -> Te
             f"lookup of points {tuple(points.shape)} in codes {tuple(codes.shape)}: "
             "wanted [N, D] and [K, D] with K at least 1"
         )
-    return lookup_op(points.detach(), codes.detach(), choose(backend, points.device, what="lookup"))
+    chosen = choose(backend, points.device, what="lookup")
+    # The first call of any operator imports torch's compiler: more than a second, which a command
+    # that encodes a few images on a CPU would only wait for.
+    plain = points.device.type == "cpu" and chosen == "torch" and not torch.compiler.is_compiling()
+    return (lookup if plain else lookup_op)(points.detach(), codes.detach(), chosen)

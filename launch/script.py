@@ -142,7 +142,11 @@ def check_options(job: Job, extra: Sequence[str]) -> Run:
     values = options(job)
     world = int(values["nodes"]) * int(values["ntasks-per-node"])
     run = tyro.cli(
-        Run, prog=f"python -m lvm.train {job.recipe}", default=recipe(job.recipe), args=list(extra)
+        Run,
+        prog=f"python -m lvm.train {job.recipe}",
+        default=recipe(job.recipe),
+        args=list(extra),
+        config=(tyro.conf.AvoidSubcommands,),
     )
     check_batch(run.batch_rows, world=world)
     check_batch(

@@ -154,7 +154,7 @@ def measure(case: Case, world: World, *, repeats: int, length: int = 0) -> Row:
     except Exception as error:  # one case that does not run leaves the others to be timed
         return {"case": case.name, "error": describe(error)}
     speed = rows * length / took
-    used = metrics.utilisation(run, world, tokens_per_s=speed, row_len=length)
+    used = metrics.utilisation(run.model.flops_per_token, world, tokens_per_s=speed, row_len=length)
     return {
         "case": case.name,
         "ms": round(took * 1e3, 1),

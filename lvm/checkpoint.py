@@ -239,6 +239,8 @@ def load(
     named = dict(model.named_parameters())
     _compare(folder, stored, {name: tuple(p.shape) for name, p in named.items()})
     for name, parameter in named.items():
+        if not parameter.requires_grad:  # a codebook: no optimiser has it
+            continue
         optimiser = next(
             o
             for o in optimisers
@@ -280,7 +282,7 @@ def load_model_state(run: Path) -> dict[str, Tensor]:
 def _compare(
     folder: Path, stored: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]
 ) -> None:
-    weights = {name: shape for name, shape in stored.items() if name.startswith("model.")}
+    weights = {name: shape for name, shape in stored.items() if not name.startswith("optim.")}
     wrong = [
         f"{name} is {weights.get(name, 'absent')}, wanted {wanted.get(name, 'no such weight')}"
         for name in (*wanted, *(name for name in weights if name not in wanted))

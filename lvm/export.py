@@ -3,24 +3,29 @@
     python -m lvm.export runs/lvm_300m --format hf --out exported
 
 The Hugging Face folder is a `LlamaForCausalLM`, or a `Qwen3ForCausalLM` where QK-norm is on, whose
-logits equal ours; its generation_config.json keeps `generate` to whole images: no eos, no ids but
-codes, one image at a time. Both kinds carry `lvm.json`, which says how to build the input.
+logits equal ours; DeLVM's codebook and projection are folded into one table. Its
+generation_config.json keeps `generate` to whole images: no eos, no ids but codes, one image at a
+time. Both kinds carry `lvm.json`, which says how to build the input.
 """
 
 import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 import tyro
+from torch import Tensor
 
-from lvm import interop, weights
+from lvm import interop, models, weights
 from lvm.config import Reads
 from lvm.model import Transformer
+from lvm.vision import VisionModel
 from tokenizer.cli import InputError, run
 from tokenizer.files import TEMPORARY, sync_folder, temporary_name
 
@@ -28,6 +33,7 @@ Format = Literal["hf", "native"]
 SHARD_GB = 5.0  # above this a weight file is split, as transformers does
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 GENERATION = "generation_config.json"
+INTERNLM = ("model_config.pt", "model_tp0_pp0.pt")  # what lvm.internlm writes besides lvm.json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +54,7 @@ class Export:
 
 
 def write(
-    model: Transformer,
+    model: Transformer | VisionModel,
     out: Path | str,
     *,
     format: Format = "hf",
@@ -60,30 +66,57 @@ def write(
     Raises InputError where `out` holds anything but an earlier export.
     """
     out = Path(out)
-    config, reads = model.config, model.reads
-    if reads is None:
-        raise ValueError("the model does not know what it reads; set model.reads")
+    if isinstance(model, VisionModel) and format == "hf":
+        raise InputError(
+            "a model of pixels has no form that transformers reads; use --format native"
+        )
+    with draft_of(out) as draft:
+        if isinstance(model, VisionModel):
+            described = interop.native_config(model.config) | {"patches": asdict(model.patches)}
+            write_json(draft / interop.CONFIG, described)
+            state = model.state_dict()
+        else:
+            state = _describe(model, draft, format=format, dtype=dtype)
+        weights.write(draft, state, dtype=dtype, limit=shard_bytes)
+    return sorted(out.iterdir())
+
+
+@contextmanager
+def draft_of(out: Path) -> Iterator[Path]:
+    """Give a folder to write, which becomes `out` when all is written, or is deleted.
+
+    Raises InputError where `out` holds anything but an earlier export.
+    """
     check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = temporary_name(out)
     draft.mkdir()
     try:
-        state = model.state_dict()
-        if format == "hf":
-            names = interop.hf_names(config)
-            state = {names[k]: v for k, v in state.items()}
-            write_json(draft / interop.CONFIG, interop.to_hf(config, reads, dtype=dtype))
-            write_json(draft / GENERATION, generation_config(reads, config.vocab_size))
-        else:
-            write_json(draft / interop.CONFIG, interop.native_config(config))
-        weights.write(draft, state, dtype=dtype, limit=shard_bytes)
-        reads.save(draft)
+        yield draft
         for file in draft.iterdir():
             _sync(file)
         _swap(draft, out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-    return sorted(out.iterdir())
+
+
+def _describe(
+    model: Transformer, draft: Path, *, format: Format, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Write the configs of a model of codes; return its tensors by the format's names."""
+    config, reads, state = model.config, model.reads, model.state_dict()
+    if reads is None:
+        raise ValueError("the model does not know what it reads; set model.reads")
+    if format == "hf":
+        config, state = interop.folded(config, state)
+        names = interop.hf_names(config)
+        state = {names[k]: v for k, v in state.items()}
+        write_json(draft / interop.CONFIG, interop.to_hf(config, reads, dtype=dtype))
+        write_json(draft / GENERATION, generation_config(reads, config.vocab_size))
+    else:
+        write_json(draft / interop.CONFIG, interop.native_config(config))
+    reads.save(draft)
+    return state
 
 
 def check_out(out: Path) -> None:
@@ -92,12 +125,12 @@ def check_out(out: Path) -> None:
         return
     if not out.is_dir():
         raise InputError(f"--out {out} is a file; wanted a folder to write")
-    known = {interop.CONFIG, weights.WEIGHTS, weights.INDEX, GENERATION, "lvm.json"}
+    known = {interop.CONFIG, weights.WEIGHTS, weights.INDEX, GENERATION, "lvm.json", *INTERNLM}
     there = {p.name for p in out.iterdir()}
     foreign = sorted(
         n for n in there - known if not (n.startswith("model-") and n.endswith(".safetensors"))
     )
-    if foreign or (there and "lvm.json" not in there):
+    if foreign or (there and not {"lvm.json", interop.CONFIG} & there):
         raise InputError(
             f"--out {out} already holds {', '.join(foreign[:3] or sorted(there)[:3])}, which is no "
             "export; name a new or empty folder"
@@ -150,7 +183,7 @@ def _swap(draft: Path, out: Path) -> None:
 def main(command: Export) -> None:
     check_out(command.out)
     limit, dtype = shard_bytes(command.shard_gb), DTYPES[command.dtype]
-    model = interop.load(command.model, dtype=dtype)
+    model = models.load(command.model, dtype=dtype)
     files = write(model, command.out, format=command.format, dtype=dtype, shard_bytes=limit)
     size = sum(f.stat().st_size for f in files)
     print(f"{command.out}: {len(files)} files, {size / 1e6:.1f} MB, {command.format}")

@@ -7,51 +7,38 @@ number of candidates and of prompts; prompts of a batch share the streams, so th
 between their answers is the prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lvm.config import Reads
-from lvm.model import Cache, Transformer
+from lvm.decoding.sampling import Sampling, pick
+from lvm.decoding.windows import Work, log_likelihood
+from lvm.model import Transformer
 from tokenizer.cli import InputError
 from tokenizer.protocol import Tokenizer
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """What to draw, and how. Top-k and then top-p cut the distribution over codes."""
-
-    new: int = 1
-    """Images to draw after the prompt."""
-    candidates: int = 1
-    """Independent answers."""
-    temperature: float = 1.0
-    """0 takes the most likely code each time."""
-    top_k: int = 0
-    """Keep this many most likely codes (0: all)."""
-    top_p: float = 1.0
-    """Keep the most likely codes up to this probability (1: all)."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.new < 1 or self.candidates < 1:
-            raise InputError(
-                f"{self.new} new images, {self.candidates} candidates: wanted at least 1 of each"
-            )
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise InputError(
-                f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}: wanted "
-                "temperature >= 0, top_k >= 0 and 0 < top_p <= 1"
-            )
+__all__ = [
+    "Drawn", "Piece", "Sampling", "check_codes", "check_prompt", "check_tokenizer", "complete",
+    "decode", "draw", "encode", "generate_codes", "pick", "rank", "reads_of", "stream",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
     codes: Tensor  # int64 [..., C, new, n]
     log_likelihood: Tensor  # fp32 [..., C, new], natural log of the whole image under the model
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What has been drawn of one new image."""
+
+    frame: int  # which of the new images
+    codes: Tensor  # int64 [C, m], the first m of its codes, in raster order
 
 
 def complete(
@@ -99,99 +86,102 @@ def generate_codes(model: Transformer, codes: Tensor, **options: Any) -> Tensor:
     return draw(model, codes, Sampling(**options)).codes
 
 
-@torch.inference_mode()
-def draw(model: Transformer, codes: Tensor, sampling: Sampling) -> Drawn:
-    """Draw images after the prompt codes [k, n], or [B, k, n]: several prompts of one length.
+def draw(
+    model: Transformer,
+    prompts: Tensor | Sequence[Tensor],
+    sampling: Sampling,
+    *,
+    given: Tensor | None = None,
+) -> Drawn:
+    """Draw images after prompt codes [k, n], [B, k, n], or B tensors [k_b, n] in a sequence.
 
-    An image that no longer fits the row is drawn after the last images_per_row - 1 images, computed
-    anew, as LVM does. Log-likelihoods are the model's own, over its whole table at temperature 1,
-    whatever the sampling was; to rank by them prefers flat pictures.
+    The first codes of the first new image may be `given`, int64 [m] with m < n (inpainting by
+    prefix): they are part of the answer, not of its log-likelihood. An image that no longer fits
+    the row is drawn after the last images_per_row - 1 images, their positions from 0, as LVM does.
+    Log-likelihoods are the model's own, over its whole table at temperature 1 after the whole
+    prompt, whatever the sampling was. Raises InputError for prompts that the model cannot continue.
     """
+    reads, each = _prompts(model, prompts, sampling)
+    work = Work(model, reads, each, sampling, _given(reads, given, model.head.weight.device))
+    for _ in work.rows():
+        pass
+    single = isinstance(prompts, Tensor) and prompts.dim() == 2
+    drawn, score = work.codes, work.log_likelihood
+    return Drawn(drawn[0], score[0]) if single else Drawn(drawn, score)
+
+
+def stream(
+    model: Transformer, prompt: Tensor, sampling: Sampling, *, given: Tensor | None = None
+) -> Iterator[Piece]:
+    """Draw as `draw` does after one prompt [k, n], and yield each new image as its rows finish.
+
+    A piece comes after every raster row (the whole image where n is no square); the last of a frame
+    has all of its n codes. Rows are drawn when they are asked for, and closing the iterator ends
+    the work. Errors are raised by the call itself.
+    """
+    reads, each = _prompts(model, prompt[None], sampling)
+    work = Work(model, reads, each, sampling, _given(reads, given, model.head.weight.device))
+    return _pieces(work)
+
+
+def _pieces(work: Work) -> Iterator[Piece]:
+    for frame, m in work.rows():
+        yield Piece(frame, work.codes[0, :, frame, :m].clone())
+
+
+def rank(
+    model: Transformer,
+    prompt: Tensor | Sequence[Tensor],
+    drawn: Drawn,
+    *,
+    by: Literal["likelihood", "gain"] = "likelihood",
+) -> Tensor:
+    """Return int64 [..., C], the candidates of `draw` after the same prompts, best first.
+
+    By the log-likelihood of all of a candidate's images, or by how much of it the prompt gives
+    (`gain`): that after the whole prompt minus that after its last image alone. The first prefers
+    flat pictures, which are likely after anything. Equal ones keep their order.
+    """
+    score = drawn.log_likelihood.sum(-1)
+    if by == "gain":
+        reads, each = _prompts(model, prompt)
+        codes = drawn.codes if drawn.codes.dim() == 4 else drawn.codes[None]
+        bare = log_likelihood(model, reads, [images[-1:] for images in each], codes)
+        score = score - bare.sum(-1).view(score.shape)
+    return score.argsort(dim=-1, descending=True, stable=True)
+
+
+def _prompts(
+    model: Transformer, prompts: Tensor | Sequence[Tensor], sampling: Sampling | None = None
+) -> tuple[Reads, list[Tensor]]:
+    """Return what the model reads and its prompts, each [k, n] on its device, all checked."""
     reads = reads_of(model)
-    prompts = (codes if codes.dim() == 3 else codes[None]).to(model.embed.weight.device)
-    check_prompt(reads, prompts)
-    n, room = reads.codes_per_image, reads.images_per_row
-    new, candidates, batch = sampling.new, sampling.candidates, prompts.shape[0]
-    noise = _uniform(candidates, new * n, sampling.seed).to(prompts.device)
-    noise = noise.repeat(batch, 1)  # [R, new·n]
-
-    images, rows = prompts, candidates  # `rows`: how many each row of `images` becomes
-    answers, scores, done = [], [], 0
-    while done < new:
-        if images.shape[1] >= room:
-            images = images[:, images.shape[1] - room + 1 :]
-        count = min(new - done, room - images.shape[1])
-        u = noise[:, done * n : (done + count) * n]
-        drawn, score = _continue(model, reads, images, rows=rows, u=u, sampling=sampling)
-        answers.append(drawn.unflatten(1, (count, n)))
-        scores.append(score.unflatten(1, (count, n)).sum(-1))
-        images = torch.cat([images.repeat_interleave(rows, 0), answers[-1]], dim=1)
-        done, rows = done + count, 1
-    shape = (batch, candidates) if codes.dim() == 3 else (candidates,)
-    drawn, score = torch.cat(answers, 1), torch.cat(scores, 1)
-    return Drawn(drawn.unflatten(0, shape), score.unflatten(0, shape))
+    several = prompts[None] if isinstance(prompts, Tensor) and prompts.dim() == 2 else prompts
+    each = [prompt.to(model.head.weight.device) for prompt in several]
+    if not each:
+        raise InputError("no prompt: wanted at least one")
+    for prompt in each:
+        check_prompt(reads, prompt[None])
+    if sampling and sampling.guidance != 1 and sampling.bare == 0 and reads.layout == "none":
+        raise InputError(
+            "guidance against no image at all (bare 0): this model has no bos to start from; "
+            "take bare 1"
+        )
+    return reads, each
 
 
-def _continue(
-    model: Transformer, reads: Reads, images: Tensor, *, rows: int, u: Tensor, sampling: Sampling
-) -> tuple[Tensor, Tensor]:
-    """Draw u.shape[1] codes after images [B, k, n] for `rows` rows of each; codes and their logs.
-
-    The last code of all is never an input, so that R images fit a row of R.
-    """
-    ids = images.flatten(1)
-    if reads.layout == "bos":
-        ids = torch.cat([ids.new_full((ids.shape[0], 1), reads.vocab.bos), ids], dim=1)
-    steps = u.shape[1]
-    length = ids.shape[1] + steps - 1
-    cache = Cache(model.config, rows=ids.shape[0], length=length, like=model.embed.weight)
-    logits = model.head(model.features(ids, cache=cache)[:, -1])
-    if rows > 1:
-        cache, logits = cache.expand(rows), logits.repeat_interleave(rows, 0)
-    drawn = torch.empty(u.shape, dtype=torch.long, device=u.device)
-    score = torch.empty(u.shape, dtype=torch.float32, device=u.device)
-    for t in range(steps):
-        if t:
-            logits = model(drawn[:, t - 1 : t], cache=cache)[:, -1]
-        logits = logits.float()
-        chosen = pick(logits[:, : reads.codes], u[:, t : t + 1], sampling)
-        drawn[:, t : t + 1] = chosen
-        score[:, t : t + 1] = logits.gather(-1, chosen) - logits.logsumexp(-1, keepdim=True)
-    return drawn, score
-
-
-def pick(logits: Tensor, u: Tensor, sampling: Sampling) -> Tensor:
-    """Return the codes [R, 1] that uniform numbers u [R, 1] choose from fp32 logits [R, K].
-
-    A code is where the running sum of the probabilities passes u: one number a code and no state,
-    so that a row's draws depend on nothing but its own numbers.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    p = (logits / sampling.temperature).softmax(-1)
-    ids = None
-    if 0 < sampling.top_k < p.shape[-1]:
-        p, ids = p.topk(sampling.top_k, dim=-1)
-    elif sampling.top_p < 1:
-        p, ids = p.sort(dim=-1, descending=True)
-    if sampling.top_p < 1:
-        before = p.cumsum(-1) - p
-        p = p * (before < sampling.top_p * p.sum(-1, keepdim=True))
-    sums = p.cumsum(-1)
-    index = torch.searchsorted(sums, u * sums[:, -1:], right=True)
-    return index if ids is None else ids.gather(-1, index)
-
-
-def _uniform(rows: int, steps: int, seed: int) -> Tensor:
-    """Return numbers in [0, 1), fp32 [rows, steps], each row from a generator of its own.
-
-    The largest stays 2⁻²⁰ below 1, so that times a sum it never rounds up to the sum.
-    """
-    out = torch.empty(rows, steps)
-    for i, row in enumerate(out):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**63)
-        row.copy_(torch.rand(steps, generator=generator))
-    return out.clamp_(max=1 - 2**-20)
+def _given(reads: Reads, given: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return the given codes on the device, None for none of them."""
+    if given is None or not len(given):
+        return None
+    if given.dim() != 1 or len(given) >= reads.codes_per_image:
+        raise InputError(
+            f"given codes of shape {list(given.shape)}: wanted fewer than the "
+            f"{reads.codes_per_image} codes of an image, in one row"
+        )
+    if not 0 <= int(given.min()) <= int(given.max()) < reads.codes:
+        raise InputError(f"given codes must lie in 0 … {reads.codes - 1}")
+    return given.to(device)
 
 
 def reads_of(model: Transformer) -> Reads:

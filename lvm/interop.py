@@ -1,15 +1,17 @@
-"""Model folders: ours, Hugging Face's LLaMA (LVM's release) and Qwen3, and runs of `lvm.train`.
+"""Model folders: ours, Hugging Face's LLaMA (LVM), Qwen3 and InternLM (DeLVM), InternLM's own
+checkpoints (`lvm.internlm`), and runs of `lvm.train`.
 
 What a folder is stands in its `config.json`: ours has "format": "lvm", a run has "recipe", Hugging
-Face's has "model_type". `lvm.json` beside it says what the model reads; a folder without one is
-LVM's release (layout none, 8192 codes). What a foreign config says of `eos_token_id` is not even
-read: the default of transformers is 2, which is an ordinary code. Nothing is ever unpickled: `.bin`
-files are read by torch's restricted loader.
+Face's has "model_type"; InternLM's own have none. `lvm.json` beside it says what the model reads; a
+folder without one is LVM's release (layout none, 8192 codes), or DeLVM's where it is of InternLM.
+What a foreign config says of `eos_token_id` is not even read: the default of transformers is 2,
+which is an ordinary code. Nothing is ever unpickled: `.bin` and `.pt` files are read by torch's
+restricted loader.
 """
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +26,10 @@ from tokenizer.interop import check_tensors
 
 FORMAT, VERSION = "lvm", 1
 CONFIG = "config.json"
-FOREIGN = ("llama", "qwen3")  # model_type of Hugging Face: without and with QK-norm
+FOREIGN = ("llama", "qwen3", "internlm")  # model_type of Hugging Face: qwen3 has QK-norm
 WANTED = (
-    "a run of lvm.train, a folder of lvm.export, or a LLaMA or Qwen3 of Hugging Face (model_type "
-    "llama or qwen3)"
+    "a run of lvm.train, a folder of lvm.export, a LLaMA, Qwen3 or InternLM of Hugging Face "
+    "(model_type llama, qwen3 or internlm), or InternLM's own (model_tp0_pp0.pt)"
 )
 
 NAMES = {
@@ -48,6 +50,10 @@ QK_NORM = {
     "layers.{}.attn.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
     "layers.{}.attn.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
 }
+BIASES = {
+    f"layers.{{}}.attn.{part}.bias": f"model.layers.{{}}.self_attn.{part}_proj.bias"
+    for part in "qkvo"
+}
 """Our tensor names and Hugging Face's; shapes and the order of rows are the same in both."""
 
 
@@ -58,9 +64,18 @@ def load(path: Path | str, *, dtype: torch.dtype | None = None) -> Transformer:
     for what is not built here, or holds other tensors than its config says.
     """
     folder = Path(path)
+    if is_internlm(folder):
+        from lvm import internlm  # imports this module
+
+        return internlm.load(folder, dtype=dtype)
     found = read_json(folder / CONFIG)
     source = folder / CONFIG
     foreign = found.get("model_type") in FOREIGN
+    if found.get("patches"):
+        raise InputError(
+            f"{folder} is a model of pixels, which has no codes to draw or to score; wanted a "
+            "model of codes. `lvm.load` opens it, and `python -m lvm.probe` measures it"
+        )
     if "recipe" in found:
         from lvm.checkpoint import load_model_state  # a heavy import, and runs alone need it
 
@@ -86,8 +101,21 @@ def load(path: Path | str, *, dtype: torch.dtype | None = None) -> Transformer:
     names = hf_names(config) if foreign else {k: k for k in model.state_dict()}
     check_tensors(state, {names[k]: v for k, v in model.state_dict().items()}, folder)
     fill(model, {ours: state.pop(names[ours]) for ours in names}, dtype=dtype)
-    model.reads = read_reads(folder, config)
+    rows = found.get("max_position_embeddings")
+    released = delvm_reads(config, row_len=rows) if found.get("model_type") == "internlm" else None
+    model.reads = read_reads(folder, config, released=released)
     return model.eval()
+
+
+def is_internlm(folder: Path) -> bool:
+    """Say whether a folder is a checkpoint of InternLM, as DeLVM's training writes them."""
+    return not (folder / CONFIG).exists() and any(folder.glob("model_tp*_pp*.pt"))
+
+
+def delvm_reads(config: ModelConfig, *, row_len: Any = None) -> Reads:
+    """Return what DeLVM's models read: bare codes, 256 an image, sentences apart in a row."""
+    rows = row_len if isinstance(row_len, int) and row_len > 0 else 2048
+    return Reads(layout="none", codes=config.vocab_size, codes_per_image=256, row_len=rows)
 
 
 def fill(model: Transformer, state: dict[str, Tensor], *, dtype: torch.dtype | None = None) -> None:
@@ -99,8 +127,13 @@ def fill(model: Transformer, state: dict[str, Tensor], *, dtype: torch.dtype | N
     model.load_state_dict(kept, assign=True)
 
 
-def read_reads(folder: Path, config: ModelConfig) -> Reads:
-    """Return what a model of `folder` reads; refuses codes or specials that its table lacks."""
+def read_reads(folder: Path, config: ModelConfig, *, released: Reads | None = None) -> Reads:
+    """Return what a model of `folder` reads; refuses codes or specials that its table lacks.
+
+    `released` is what it reads where there is no lvm.json, if that is not as LVM's release does.
+    """
+    if released is not None and not (folder / "lvm.json").is_file():
+        return released
     try:
         reads = Reads.load(folder)
     except (TypeError, ValueError) as error:
@@ -139,8 +172,8 @@ def model_config(found: Any, source: Path) -> ModelConfig:
 
 
 def from_hf(found: Mapping[str, Any], source: Path) -> ModelConfig:
-    """Return our config of a LlamaConfig or Qwen3Config, as a mapping; keys that say nothing of the
-    network are passed over.
+    """Return our config of a LlamaConfig, Qwen3Config or InternLMConfig, as a mapping; keys that
+    say nothing of the network are passed over.
 
     Absent keys have transformers' defaults, but those that differ between any two models must be
     there. Rotary settings are read in the form of transformers 5 (`rope_parameters`) and in that of
@@ -155,6 +188,11 @@ def from_hf(found: Mapping[str, Any], source: Path) -> ModelConfig:
         raise InputError(f"{source} lacks {', '.join(missing)}; the model cannot be known")
     check_supported(found, source)
     rope = found.get("rope_parameters") or {}
+    theta = rope.get("rope_theta") or found.get("rope_theta")
+    biased = found.get("attention_bias", False)
+    if found["model_type"] == "internlm":
+        theta = (found.get("rotary") or {}).get("base") or theta
+        biased = found.get("bias", True)
     return ModelConfig(
         width=found["hidden_size"],
         layers=found["num_hidden_layers"],
@@ -163,10 +201,11 @@ def from_hf(found: Mapping[str, Any], source: Path) -> ModelConfig:
         kv_heads=found.get("num_key_value_heads"),
         head_dim=found.get("head_dim"),
         vocab_size=found["vocab_size"],
-        rope_theta=float(rope.get("rope_theta") or found.get("rope_theta") or 10_000.0),
+        rope_theta=float(theta or 10_000.0),
         norm_eps=float(found.get("rms_norm_eps", 1e-6)),
         init_std=float(found.get("initializer_range", 0.02)),
         qk_norm=qwen3,
+        attn_bias=bool(biased),
     )
 
 
@@ -174,9 +213,16 @@ def check_supported(found: Mapping[str, Any], source: Path) -> None:
     """Refuse what a Hugging Face config asks for and this model does not have."""
     faults = [
         f"{key} is {found[key]}; supported: {value}"
-        for key, value in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu"))
+        for key, value in (("mlp_bias", False), ("hidden_act", "silu"))
         if (found.get(key) or value) != value
     ]
+    if found["model_type"] == "internlm":  # dynamic differs only past max_position_embeddings
+        rotary = found.get("rotary") or {}
+        if not isinstance(rotary, dict) or rotary.get("type", "origin") not in (
+            "origin",
+            "dynamic",
+        ):
+            faults.append(f"rotary is {json.dumps(rotary)}; supported: type origin or dynamic")
     for key in ("rope_parameters", "rope_scaling"):
         rope = found.get(key) or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
@@ -228,7 +274,7 @@ def to_llama(config: ModelConfig, reads: Reads, *, dtype: torch.dtype) -> dict[s
         "rope_theta": config.rope_theta,
         "rope_scaling": None,
         "rope_parameters": {"rope_theta": config.rope_theta, "rope_type": "default"},
-        "attention_bias": False,
+        "attention_bias": config.attn_bias,
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "bos_token_id": specials.bos if reads.layout == "bos" else None,
@@ -242,8 +288,23 @@ def to_llama(config: ModelConfig, reads: Reads, *, dtype: torch.dtype) -> dict[s
 
 def hf_names(config: ModelConfig) -> dict[str, str]:
     """Return Hugging Face's name of each of our tensors, in the order of ours."""
-    table = NAMES | (QK_NORM if config.qk_norm else {})
+    table = NAMES | (QK_NORM if config.qk_norm else {}) | (BIASES if config.attn_bias else {})
     return {ours: table[form].format(i) for ours, form, i in expand(table, config)}
+
+
+def folded(
+    config: ModelConfig, state: Mapping[str, Tensor]
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return config and tensors of the same network with a plain table [V, D] as its embedding.
+
+    A codebook [V, E] times its projection, computed in fp32; others come back as they are.
+    """
+    plain = dict(state)
+    if not config.codebook_dim:
+        return config, plain
+    codebook, proj = plain.pop("embed.codebook"), plain.pop("embed.proj.weight")
+    table = codebook.float() @ proj.float().T
+    return replace(config, codebook_dim=0), {"embed.weight": table, **plain}
 
 
 def expand(table: Mapping[str, str], config: ModelConfig) -> Iterator[tuple[str, str, int]]:

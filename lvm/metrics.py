@@ -21,7 +21,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -29,7 +29,6 @@ from typing import Any
 
 import torch
 
-from lvm.config import Run
 from lvm.dashboards import Sink
 from tokenizer.cli import CommandError
 from tokenizer.files import atomic_write
@@ -39,7 +38,7 @@ from tokenizer.world import World
 PEAKS = {"B200": 2.25e15, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 """Dense bf16 FLOP/s by a part of the device's name, from the makers' data sheets (SXM parts)."""
 
-PACKAGES = ("torch", "numpy", "pyarrow", "triton", "safetensors", "tyro")
+PACKAGES = ("torch", "numpy", "pyarrow", "triton", "safetensors", "tyro", "torchtitan")
 
 
 class Log:
@@ -121,8 +120,12 @@ class Window:
         """Leave time that was not spent on updates out of the line's rates."""
         self.start += seconds
 
-    def close(self, world: World, *, batch_rows: int) -> dict[str, float]:
+    def close(
+        self, world: World, *, batch_rows: int, measures: Callable[..., dict[str, float]]
+    ) -> dict[str, float]:
         """Return the line's values; every rank calls, and waits for its device.
+
+        `measures` makes values of the sums nll, correct and count, as the learner's does.
 
         Raises CommandError where a loss was not finite, with the update and its samples.
         """
@@ -142,7 +145,7 @@ class Window:
         parts = {f"time_{name}": took / seconds for name, took in self.clock.seconds().items()}
         return {
             "loss": loss / count,
-            **means(nll, correct, count),
+            **measures(nll, correct, count),
             "tokens_per_s": self.tokens / seconds,
             "data_wait": self.waited / seconds,
             **parts,
@@ -160,7 +163,9 @@ def means(nll: float, correct: float, count: float) -> dict[str, float]:
     }
 
 
-def utilisation(run: Run, world: World, *, tokens_per_s: float, row_len: int) -> dict[str, float]:
+def utilisation(
+    flops_per_token: Callable[..., float], world: World, *, tokens_per_s: float, row_len: int
+) -> dict[str, float]:
     """Return `mfu` and `mfu_full` as the module's text says, or nothing on an unknown device."""
     if world.device.type != "cuda":
         return {}
@@ -170,8 +175,8 @@ def utilisation(run: Run, world: World, *, tokens_per_s: float, row_len: int) ->
         return {}
     share = tokens_per_s / (world.size * peak)
     return {
-        "mfu": share * run.model.flops_per_token(row_len),
-        "mfu_full": share * run.model.flops_per_token(row_len, causal=False),
+        "mfu": share * flops_per_token(row_len),
+        "mfu_full": share * flops_per_token(row_len, causal=False),
     }
 
 

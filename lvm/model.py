@@ -2,10 +2,12 @@
 
 B batch, T positions, S cached keys, D width, H query heads, G key/value heads, C head channels,
 V vocabulary. Pre-norm RMSNorm, rotary positions (angles always fp32), SwiGLU, no biases, untied
-head: the architecture of LLaMA (Touvron et al. 2023), as LVM trains it; of Qwen3 with `qk_norm`.
+head: the architecture of LLaMA (Touvron et al. 2023), as LVM trains it; of Qwen3 with `qk_norm`;
+of DeLVM with `attn_bias` and a codebook. AIM's trunk (`lvm.vision`) is of the same blocks.
 """
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,7 @@ from kernels.attention import attention, resolve
 from kernels.mask import Mask
 from kernels.rope import rope
 from lvm.config import ModelConfig, Reads
+from lvm.init import draw_weights
 
 
 def rotary(pos: Tensor, *, dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -28,44 +31,34 @@ def rotary(pos: Tensor, *, dim: int, theta: float) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-class Cache:
-    """Keys and values of all layers for generation: fixed storage, filled from the left."""
+Angles = tuple[Tensor, Tensor] | None  # cos and sin; None where positions are not rotary
 
-    def __init__(
-        self, config: ModelConfig, *, rows: int, length: int, like: Tensor | None = None
-    ) -> None:
-        dtype, device = (like.dtype, like.device) if like is not None else (None, None)
-        shape = (config.layers, rows, config.groups, length, config.dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.length = 0  # positions that are filled, the same for every row
+
+def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    """Return the norm of a residual stream of so many channels."""
+    if config.norm == "layer":
+        return nn.LayerNorm(width, eps=config.norm_eps)
+    return nn.RMSNorm(width, eps=config.norm_eps)
+
+
+class Cache(Protocol):
+    """What `features` keeps keys and values in: `lvm.decoding.cache.Fill`."""
+
+    length: int  # positions that are filled, the same for every row
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v [B, G, T, C] behind what is there; return all of the layer as views."""
-        end = self.length + k.shape[2]
-        if end > self.k.shape[3]:
-            raise ValueError(f"the cache holds {self.k.shape[3]} positions; {end} are needed")
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def expand(self, rows: int) -> "Cache":
-        """Return a copy with each of the cache's rows repeated for `rows` candidates."""
-        out = object.__new__(Cache)
-        out.k = self.k.repeat_interleave(rows, dim=1)
-        out.v = self.v.repeat_interleave(rows, dim=1)
-        out.length = self.length
-        return out
+        """Store k, v [B, G, T, C] behind what is there; return all of the layer."""
+        ...
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.dim = config.dim
-        self.q = nn.Linear(config.width, config.heads * config.dim, bias=False)
-        self.k = nn.Linear(config.width, config.groups * config.dim, bias=False)
-        self.v = nn.Linear(config.width, config.groups * config.dim, bias=False)
-        self.o = nn.Linear(config.heads * config.dim, config.width, bias=False)
+        self.dim, bias = config.dim, config.attn_bias
+        self.q = nn.Linear(config.width, config.heads * config.dim, bias=bias)
+        self.k = nn.Linear(config.width, config.groups * config.dim, bias=bias)
+        self.v = nn.Linear(config.width, config.groups * config.dim, bias=bias)
+        self.o = nn.Linear(config.heads * config.dim, config.width, bias=bias)
         # QK-norm, one weight a channel for all heads (Dehghani et al. 2023; as in Qwen3).
         self.q_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(config.dim, eps=config.norm_eps) if config.qk_norm else None
@@ -74,7 +67,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: Angles,
         mask: Mask,
         *,
         cache: Cache | None,
@@ -84,12 +77,13 @@ class Attention(nn.Module):
             y.unflatten(-1, (-1, self.dim)).transpose(1, 2)
             for y in (self.q(x), self.k(x), self.v(x))
         )
-        # Weights in the type of the heads, as FSDP casts them. CUDA's autocast norms in fp32
-        # anyway, while attention and the cache want q and k in the type of v.
-        q_weight = self.q_norm.weight.to(q.dtype) if self.q_norm is not None else None
-        k_weight = self.k_norm.weight.to(k.dtype) if self.k_norm is not None else None
-        q, k = rope(q, k, *angles, q_weight=q_weight, k_weight=k_weight, eps=self.eps)
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        if angles is not None:
+            # Weights in the type of the heads, as FSDP casts them. CUDA's autocast norms in fp32
+            # anyway, while attention and the cache want q and k in the type of v.
+            q_weight = self.q_norm.weight.to(q.dtype) if self.q_norm is not None else None
+            k_weight = self.k_norm.weight.to(k.dtype) if self.k_norm is not None else None
+            q, k = rope(q, k, *angles, q_weight=q_weight, k_weight=k_weight, eps=self.eps)
+            q, k = q.to(v.dtype), k.to(v.dtype)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attention(q, k, v, mask)
@@ -99,26 +93,29 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.width, config.ffn, bias=False)
+        gated = config.mlp == "swiglu"
+        self.gate = nn.Linear(config.width, config.ffn, bias=False) if gated else None
         self.up = nn.Linear(config.width, config.ffn, bias=False)
         self.down = nn.Linear(config.ffn, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x)))
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.attn_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.attn_norm = make_norm(config, config.width)
         self.attn = Attention(config)
-        self.mlp_norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config)
 
     def forward(
         self,
         x: Tensor,
-        angles: tuple[Tensor, Tensor],
+        angles: Angles,
         mask: Mask,
         *,
         cache: Cache | None = None,
@@ -129,6 +126,24 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
+class CodebookEmbedding(nn.Module):
+    """A frozen codebook [V, E], projected to the width (DeLVM); ids past V are padding."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        codebook = torch.zeros(config.vocab_size, config.codebook_dim)
+        self.codebook = nn.Parameter(codebook, requires_grad=False)
+        self.proj = nn.Linear(config.codebook_dim, config.width, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table [V, D] that this embedding stands for."""
+        return self.codebook @ self.proj.weight.T
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.proj(F.embedding(ids.clamp_max(len(self.codebook) - 1), self.codebook))
+
+
 class Transformer(nn.Module):
     """The language model of codes. `reads` says what rows it was trained on, if that is known."""
 
@@ -136,10 +151,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.config, self.reads = config, reads
         # Given its weight, nn.Embedding draws none; on the meta device a draw costs two seconds.
-        table = torch.zeros(config.vocab_size, config.width)
-        self.embed = nn.Embedding(config.vocab_size, config.width, _weight=table)
+        self.embed: nn.Embedding | CodebookEmbedding
+        if config.codebook_dim:
+            self.embed = CodebookEmbedding(config)
+        else:
+            table = torch.zeros(config.vocab_size, config.width)
+            self.embed = nn.Embedding(config.vocab_size, config.width, _weight=table)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, eps=config.norm_eps)
+        self.norm = make_norm(config, config.width)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     @torch.no_grad()
@@ -149,20 +168,8 @@ class Transformer(nn.Module):
             parameter.copy_(values)
 
     def draw_weights(self, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Yield each parameter and its first values on the CPU: the same on any device and rank.
-
-        Norms are 1, matrices drawn from N(0, init_std²), each from a generator of its own. QK-norm
-        changes the draw of no other tensor: its weights are not counted.
-        """
-        index = -1
-        for name, parameter in self.named_parameters():
-            index += not name.endswith(("q_norm.weight", "k_norm.weight"))
-            if name.endswith("norm.weight"):
-                yield parameter, torch.ones(parameter.shape)
-                continue
-            generator = torch.Generator().manual_seed(seed * 100_003 + index)
-            noise = torch.randn(parameter.shape, generator=generator)
-            yield parameter, noise * self.config.init_std
+        """Yield each parameter and its first values on the CPU: see `lvm.init`."""
+        return draw_weights(self, self.config, seed=seed)
 
     def features(
         self,
@@ -193,7 +200,8 @@ class Transformer(nn.Module):
                 hi = hi.expand_as(ids)
                 mask = Mask.interval(torch.zeros_like(hi), hi)
             mask = resolve(mask, queries=steps, keys=start + steps, device=ids.device)
-        angles = rotary(pos, dim=self.config.dim, theta=self.config.rope_theta)
+        config = self.config
+        angles = rotary(pos, dim=config.dim, theta=config.rope_theta) if config.rotary else None
         x = self.embed(ids)
         for i, block in enumerate(self.layers):
             x = block(x, angles, mask, cache=cache, layer=i)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lvm.config import Optim
+from lvm.muon import Muon
 
 FALL = 0.2  # the part of a wsd run that falls, where the config does not say
 
@@ -54,20 +55,21 @@ def role(name: str, parameter: Tensor) -> str:
         return "vector"
     if "layers." in name:
         return "matrix"
-    return "embedding" if name.endswith("embed.weight") else "head"
+    return "embedding" if name.endswith(("embed.weight", "embed.pos")) else "head"
 
 
 def optimisers(model: nn.Module, optim: Optim) -> list[torch.optim.Optimizer]:
-    """Make the optimisers of a model: AdamW alone, or Muon for the blocks' matrices beside it.
+    """Make the optimisers of a sharded or whole model: AdamW, or Muon for the blocks' matrices too.
 
-    Muon scales the rate of a matrix by its shape, as `muon_scale` says (Jordan et al. 2024; Liu et
-    al. 2025, "Muon is scalable for LLM training"); its decay follows the rate before that. Norms
-    and the embedding are not decayed unless `decay_all` says so. Every group carries its peak rate
-    as "peak", from which `set_rate` computes "lr".
+    Muon (lvm.muon) scales the rate of a matrix by its shape, as `muon_scale` says (Jordan et al.
+    2024; Liu et al. 2025, "Muon is scalable for LLM training"); its decay follows the rate before
+    that. Norms and the embedding are not decayed unless `decay_all` says so. Every group carries
+    its peak rate as "peak", from which `set_rate` computes "lr".
     """
     parts: dict[str, list[nn.Parameter]] = {"vector": [], "matrix": [], "embedding": [], "head": []}
     for name, parameter in model.named_parameters():
-        parts[role(name, parameter)].append(parameter)
+        if parameter.requires_grad:
+            parts[role(name, parameter)].append(parameter)
     muon = parts.pop("matrix") if optim.name == "muon" else []
     decayed = parts["head"] + parts.get("matrix", [])
     spared = parts["embedding"] + parts["vector"]
@@ -87,7 +89,7 @@ def optimisers(model: nn.Module, optim: Optim) -> list[torch.optim.Optimizer]:
     if muon:
         matrices = [{"params": muon, "peak": optim.muon_lr}]
         made.append(
-            torch.optim.Muon(
+            Muon(
                 matrices,
                 lr=optim.muon_lr,
                 weight_decay=optim.weight_decay,

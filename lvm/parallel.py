@@ -13,13 +13,13 @@ parameters do not change.
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -29,9 +29,15 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from lvm.model import Transformer
 from tokenizer.cli import InputError
 from tokenizer.world import World
+
+
+class Drawn(Protocol):
+    """A model that knows its first values."""
+
+    def draw_weights(self, seed: int) -> Iterable[tuple[nn.Parameter, Tensor]]: ...
+
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -96,12 +102,14 @@ def parallelize(
     recompute: Recompute = "none",
     compiled: bool = False,
     shards: int = 0,
+    mesh: DeviceMesh | None = None,
 ) -> None:
     """Prepare a model for training on the device; with several ranks shard it, each block a unit.
 
     In "bf16" the gathered weights and the activations are bf16, gradients are reduced over ranks in
     fp32, and the stored weights stay fp32. Gradients come out as the mean over ranks. A model on
-    the meta device, which no rank has whole, gets memory here and values from `initialise`.
+    the meta device, which no rank has whole, gets memory here and values from `initialise`. `mesh`
+    stands in for that of `mesh_of` where something else has laid out the ranks.
     """
     for block in blocks:
         recompute_block(block, recompute)
@@ -111,7 +119,7 @@ def parallelize(
     if world.size == 1:
         root.to_empty(device=world.device) if meta else root.to(world.device)
         return
-    mesh = mesh_of(world, shards)
+    mesh = mesh_of(world, shards) if mesh is None else mesh
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
         reduce_dtype=torch.float32,
@@ -129,7 +137,7 @@ def parallelize(
 
 
 @torch.no_grad()
-def initialise(model: Transformer, seed: int) -> None:
+def initialise(model: Drawn, seed: int) -> None:
     """Fill the parameters of a prepared model as on one device, one tensor in memory at a time."""
     for parameter, values in model.draw_weights(seed):
         if isinstance(parameter, DTensor):
@@ -151,6 +159,16 @@ def reduce_gradients(root: nn.Module, now: bool) -> None:
     """
     if isinstance(root, FSDPModule):
         root.set_requires_all_reduce(now)
+
+
+def reshard(root: nn.Module) -> None:
+    """Put into parts again what forward passes without a backward pass left whole.
+
+    FSDP keeps the root's own weights gathered, in the type of the forward pass, for a backward pass
+    to come; until then the optimiser's state belongs to other tensors than the module holds.
+    """
+    if isinstance(root, FSDPModule):
+        root.reshard()
 
 
 def set_deterministic(wanted: bool) -> None:

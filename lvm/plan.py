@@ -21,6 +21,7 @@ from lvm.planning.memory import Memory, Setting, kept, largest, memory
 from lvm.planning.report import lines
 from lvm.planning.speed import NODE, RATES, Network, Step, at, step, traffic
 from lvm.planning.units import Units, count, count_on_mesh
+from lvm.planning.vision import vision_lines, vision_plan
 from lvm.recipes import recipe, recipes
 from tokenizer.cli import InputError, guarded
 from tokenizer.cli import run as run_command
@@ -308,8 +309,17 @@ def to_json(found: Found) -> dict[str, Any]:
 
 def show(command: Plan) -> None:
     """Print the plan as text or JSON."""
-    values = to_json(plan(command))
-    print(json.dumps(values, indent=1) if command.json else "\n".join(lines(values)))
+    if (patches := command.run.patches) is not None:
+        check_batch_over(command.run.batch_rows, command.gpus)
+        shards = check_shards(command.run.shards, world=command.gpus)
+        values = vision_plan(
+            command.run, patches, card=cards()[command.gpu], gpus=command.gpus, shards=shards
+        )
+        text = vision_lines(values)
+    else:
+        values = to_json(plan(command))
+        text = lines(values)
+    print(json.dumps(values, indent=1) if command.json else "\n".join(text))
 
 
 def main(args: Sequence[str]) -> int:

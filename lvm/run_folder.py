@@ -9,11 +9,13 @@ from kernels.attention import choose
 from kernels.mask import Mask
 from lvm import metrics
 from lvm.checkpoint import Phase, Trainer
-from lvm.config import Reads, Run, differences
+from lvm.codebook import codes_alone, require_codebook
+from lvm.config import Run, differences
 from lvm.parallel import check_shards
 from tokenizer.cli import InputError, duration
 from tokenizer.files import atomic_write
 from tokenizer.world import World
+from visual_sentences.image_loader import require_images
 from visual_sentences.loader import check_batch
 from visual_sentences.manifest import Manifest
 from visual_sentences.mixture import Mixture
@@ -22,15 +24,11 @@ from visual_sentences.reading import require_codes
 
 def resolve(run: Run, manifest: Manifest, world: World) -> Run:
     """Fill in what the data and the ranks decide; raises InputError where they do not fit."""
-    require_codes(manifest, run.data)
-    needed = manifest.vocab.pad + 1
-    width = run.model.vocab_size or manifest.vocab.size
-    if width < needed:
-        raise InputError(
-            f"--model.vocab-size {width} is too small for {run.data}: its tokenizer has "
-            f"{manifest.codebook_size} codes and needs {needed} ids with the specials; 0 takes "
-            f"{manifest.vocab.size}"
-        )
+    if run.patches is None:
+        require_codes(manifest, run.data)
+        run = replace(run, model=replace(run.model, vocab_size=table_width(run, manifest)))
+    else:
+        require_images(manifest, run.data)
     check_batch(run.batch_rows, world=world.size)
     micro = min(run.micro_rows, run.batch_rows // world.size)
     check_batch(run.batch_rows, world=world.size, micro_rows=micro)
@@ -43,12 +41,39 @@ def resolve(run: Run, manifest: Manifest, world: World) -> Run:
         raise InputError(
             f"--eval-rows {run.eval_rows} is not a number of rows; --eval-every 0 validates never"
         )
+    if run.distil.required and not run.distil.on:
+        raise InputError(
+            f"{run.recipe} learns from a teacher, and none was given; wanted --distil.teacher, the "
+            "folder of a trained model, or --distil.logits, its logits from `python -m lvm.distil`"
+        )
+    if run.distil.on and run.patches is not None:
+        raise InputError("--distil goes with a model of codes; this recipe predicts patches")
     check_shards(run.shards, world=world.size)
     try:
         choose(run.attention, Mask(causal=True), world.device)
     except ValueError as error:
         raise InputError(f"--attention {run.attention}: {error}") from error
-    return replace(run, micro_rows=micro, model=replace(run.model, vocab_size=width))
+    return replace(run, micro_rows=micro)
+
+
+def table_width(run: Run, manifest: Manifest) -> int:
+    """Return how many ids the model has; raises InputError where the data need more."""
+    if run.model.codebook_dim:
+        return codes_alone(run, manifest)
+    if run.codebook:
+        raise InputError(
+            f"--codebook {run.codebook}: the model's embedding is a table of its own "
+            "(model.codebook_dim 0); leave it out, or take a recipe such as delvm_300m"
+        )
+    needed = manifest.vocab.pad + 1
+    width = run.model.vocab_size or manifest.vocab.size
+    if width < needed:
+        raise InputError(
+            f"--model.vocab-size {width} is too small for {run.data}: its tokenizer has "
+            f"{manifest.codebook_size} codes and needs {needed} ids with the specials; 0 takes "
+            f"{manifest.vocab.size}"
+        )
+    return width
 
 
 def standing(run: Run, manifest: Manifest, folder: Path | None) -> Trainer:
@@ -56,6 +81,8 @@ def standing(run: Run, manifest: Manifest, folder: Path | None) -> Trainer:
     mixture = Mixture.of(manifest, split="train", seed=run.seed, mix=run.mix).counts()
     phase = Phase(manifest=manifest.hash, mixture=mixture, first=0)
     trainer = Trainer(phases=(phase,)) if folder is None else Trainer.load(folder)
+    if folder is None and run.model.codebook_dim:
+        require_codebook(run, manifest)
     if (seen := trainer.phases[-1].manifest) != manifest.hash:
         raise InputError(
             f"{run.out} was trained on data with manifest {seen[:12]}, {run.data} has "
@@ -83,7 +110,7 @@ def finished(run: Run, trainer: Trainer) -> bool:
     return trainer.step >= run.steps or bool(run.seconds and trainer.elapsed >= run.seconds)
 
 
-def open_folder(run: Run, manifest: Manifest, environment: dict[str, Any]) -> None:
+def open_folder(run: Run, environment: dict[str, Any]) -> None:
     """Write what a run folder says about the run."""
     out = Path(run.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -91,15 +118,6 @@ def open_folder(run: Run, manifest: Manifest, environment: dict[str, Any]) -> No
     with atomic_write(out / "config.json", "w") as file:
         json.dump(run.to_json(), file, indent=1)
     metrics.record_environment(out / "environment.json", environment)
-    Reads(
-        layout=run.layout,
-        codes=manifest.codebook_size,
-        codes_per_image=manifest.codes_per_image,
-        row_len=manifest.row_len,
-        image_size=manifest.image_size,
-        tokenizer=manifest.tokenizer,
-        whole_rows=run.whole_rows,
-    ).save(out)
 
 
 def close_folder(run: Run, trainer: Trainer) -> None:

@@ -17,9 +17,10 @@ have ended undisturbed. SIGTERM, SIGUSR1 and SIGINT finish the update, save and 
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,19 +28,17 @@ from lvm import checkpoint, metrics, optim, parallel, stability
 from lvm.checkpoint import Trainer
 from lvm.config import Run
 from lvm.dashboards import sinks
-from lvm.learner import Learner, backward, refuse_leaks
-from lvm.model import on_meta
+from lvm.feed import feed_of
+from lvm.learner import Learner, backward, make_learner
 from lvm.recipes import recipe, recipes
 from lvm.run_folder import close_folder, finished, open_folder, resolve, standing, summary
+from lvm.teacher import guide_of
 from lvm.trace import Trace
 from tokenizer.cli import CommandError, InputError, Progress, guarded
 from tokenizer.cli import run as run_command
 from tokenizer.world import Signals, World
 from tokenizer.world import world as open_world
-from visual_sentences.batch import Batch
-from visual_sentences.loader import Loader, held_out
 from visual_sentences.manifest import Manifest
-from visual_sentences.pack import Rows, pack
 
 PROG = "python -m lvm.train"
 
@@ -53,33 +52,12 @@ class Training:
         self.run, self.trainer, self.manifest, self.world = run, trainer, manifest, world
         self.out = Path(run.out)
         self.first = self.saved = trainer.step
-        model = on_meta(run.model)
-        self.learner = Learner(model, z_loss=run.z_loss, attention=run.attention)
-        parallel.parallelize(
-            self.learner,
-            model.layers,
-            world,
-            precision=run.precision,
-            recompute=run.recompute,
-            compiled=run.compile,
-            shards=run.shards,
-        )
-        if folder is None:
-            parallel.initialise(model, run.seed)
-        self.parameters = list(self.learner.parameters())
-        self.optimisers = optim.optimisers(self.learner, run.optim)
-        if folder is not None:
-            checkpoint.load(folder, model=self.learner, optimisers=self.optimisers, world=world)
-        self.loader = Loader(
-            run.data,
-            batch_rows=run.batch_rows,
-            rank=world.rank,
-            world=world.size,
-            start=trainer.samples,
-            seed=run.seed,
-            workers=run.workers,
-            mix=run.mix,
-        )
+        self.readers = world  # of ranks that share the work on the same rows, only one counts
+        self.prepare(folder)
+        self.feed = feed_of(run, manifest, self.readers)
+        self.guide = guide_of(run, manifest, world)
+        if self.guide is not None and isinstance(self.learner, Learner):
+            self.learner.guide, self.learner.distil = self.guide, run.distil
         self.saver = checkpoint.Saver(
             self.out, world, keep=run.keep, background=run.save_in_background
         )
@@ -101,20 +79,29 @@ class Training:
             enabled=world.main,
         )
 
-    def batch(self, rows: Rows) -> Batch:
-        """Pack on the device; a GPU fetches the rows while it computes what was asked before."""
-        if self.world.device.type == "cuda":
-            rows = rows.pin_memory()
-        return pack(
-            rows.to(self.world.device, non_blocking=True),
-            layout=self.run.layout,
-            vocab=self.manifest.vocab,
-            whole_rows=self.run.whole_rows,
+    def prepare(self, folder: Path | None) -> None:
+        """Make the learner and its optimisers, as the checkpoint in `folder` left them or anew."""
+        run, world = self.run, self.world
+        self.learner = make_learner(run)
+        parallel.parallelize(
+            self.learner,
+            self.learner.blocks,
+            world,
+            precision=run.precision,
+            recompute=run.recompute,
+            compiled=run.compile,
+            shards=run.shards,
         )
+        if folder is None:
+            parallel.initialise(self.learner, run.seed)
+        self.parameters = list(self.learner.parameters())
+        self.optimisers = optim.optimisers(self.learner, run.optim)
+        if folder is not None:
+            checkpoint.load(folder, model=self.learner, optimisers=self.optimisers, world=world)
 
     def go(self, signals: Signals) -> None:
         """Train until the run is finished or a rank has been told to stop, and save."""
-        run, stream = self.run, iter(self.loader)
+        run, stream = self.run, iter(self.feed.rows(self.trainer.samples))
         dog = stability.Watchdog(self.out, rank=self.world.rank, seconds=run.hang_seconds)
         recorded = run.trace_updates if self.world.main else 0
         trace = Trace(self.out, first=run.trace_from, count=recorded)
@@ -146,7 +133,7 @@ class Training:
                 self.save()
             self.saver.finish()
 
-    def update(self, stream: Iterator[Rows]) -> None:
+    def update(self, stream: Iterator[Any]) -> None:
         """Take one batch and make one update; waits for the device only with a `spike_limit`."""
         run, trainer = self.run, self.trainer
         clock = self.window.clock
@@ -154,9 +141,11 @@ class Training:
         asked = time.perf_counter()
         rows = next(stream)
         waited = time.perf_counter() - asked
-        batch = self.batch(rows)
+        batch = self.feed.batch(rows)
+        if self.guide is not None:
+            batch = self.guide.attach(batch, rows)
         if trainer.step == self.first:
-            refuse_leaks(batch.split(run.micro_rows)[0])
+            self.feed.check(batch)
         clock.mark("data")
         horizon = optim.horizon(
             trainer.step, steps=run.steps, elapsed=trainer.elapsed, seconds=run.seconds
@@ -217,10 +206,13 @@ class Training:
         if not self.window.sums:
             return
         trainer = self.trainer
-        values = self.window.close(self.world, batch_rows=self.run.batch_rows)
+        learner = self.learner
+        values = self.window.close(
+            self.world, batch_rows=self.run.batch_rows, measures=learner.measures
+        )
         speed = values["tokens_per_s"]
         values |= metrics.utilisation(
-            self.run, self.world, tokens_per_s=speed, row_len=self.manifest.row_len
+            learner.flops_per_token, self.world, tokens_per_s=speed, row_len=self.feed.row_len
         )
         self.log.write({
             "step": trainer.step,
@@ -234,38 +226,36 @@ class Training:
             "memory_gib": metrics.memory_gib(self.world),
             "elapsed": time.perf_counter() - self.began,
         })  # fmt: skip
-        shown = {"loss": values["loss"], "perplexity": values["perplexity"]}
+        shown = {key: values[key] for key in ("loss", "perplexity") if key in values}
         self.progress.update(0, **shown, **{"tokens/s": round(speed)})
         self.window = metrics.Window(self.world.device)
 
     @torch.no_grad()
     def validate(self) -> None:
-        """Write a line on rows of the split `val`, the same ones every time, also by kind."""
-        run, world = self.run, self.world
-        kinds = sorted({source.kind for source in self.manifest.sources})
-        order = [kinds.index(source.kind) for source in self.manifest.sources]
-        kind_of = torch.tensor(order, device=world.device)
-        totals = torch.zeros(3, len(kinds), device=world.device)
-        for rows in held_out(
-            run.data,
-            rows=run.eval_rows,
-            micro_rows=run.micro_rows,
-            rank=world.rank,
-            world=world.size,
-        ):
+        """Write a line on rows of the split `val`, the same ones every time, also by source and
+        by kind."""
+        run, world, sources = self.run, self.world, self.manifest.sources
+        totals = torch.zeros(3, len(sources), device=world.device)
+        for rows in self.feed.held_out():
             with parallel.compute(world, precision=run.precision):
-                batch = self.batch(rows)
-                sums = self.learner(batch, kind_of[batch.source.long()], len(kinds))
+                batch = self.feed.batch(rows)
+                sums = self.learner(batch, batch.source.long(), len(sources))
             totals += torch.stack([sums.nll, sums.correct, sums.count])
-        by_kind = world.total(totals).double().cpu()
-        values = metrics.means(*by_kind.sum(1).tolist())
-        apart = {
-            kind: metrics.means(*column.tolist())
-            for kind, column in zip(kinds, by_kind.T, strict=True)
-            if column[2]
+        parallel.reshard(self.learner)
+        found = world.total(totals).double().cpu().T
+        kinds = sorted({source.kind for source in sources})
+        groups = {
+            "by_kind": {k: [s.kind == k for s in sources] for k in kinds},
+            "by_source": {s.name: [s is other for other in sources] for s in sources},
         }
-        self.log.write({"step": self.trainer.step, "split": "val", **values, "by_kind": apart})
-        self.progress.update(0, val=values["perplexity"])
+        measures = self.learner.measures
+        apart: dict[str, Any] = {}
+        for name, parts in groups.items():
+            sums_of = {part: found[torch.tensor(chosen)].sum(0) for part, chosen in parts.items()}
+            apart[name] = {k: measures(*sums.tolist()) for k, sums in sums_of.items() if sums[2]}
+        values = measures(*found.sum(0).tolist())
+        self.log.write({"step": self.trainer.step, "split": "val", **values, **apart})
+        self.progress.update(0, val=next(iter(values.values())))
 
     def save(self) -> None:
         self.saver.save(self.trainer, model=self.learner, optimisers=self.optimisers)
@@ -274,34 +264,55 @@ class Training:
 
 def train(run: Run) -> int:
     """Start or continue a run; returns the exit code. Raises InputError and CommandError."""
+    require_folders(run)
+    with Signals() as signals, open_world(run.device) as world:
+        return carry_on(run, world=world, signals=signals)
+
+
+def require_folders(run: Run) -> None:
+    """Raise InputError where a run was given no data or no folder of its own."""
     if missing := [f"--{name}" for name in ("data", "out") if not getattr(run, name)]:
         raise InputError(
             f"{' and '.join(missing)} missing; wanted --data DIR, a folder made by "
             "`python -m visual_sentences.build`, and --out RUN, the folder of this run"
         )
-    with Signals() as signals, open_world(run.device) as world:
-        manifest = Manifest.load(run.data)
-        run = resolve(run, manifest, world)
-        folder = world.share(checkpoint.latest(Path(run.out)))
-        trainer = standing(run, manifest, folder)
-        world.wait()  # nobody writes before everybody has looked
-        text = f"{run.out} is finished"
-        if not finished(run, trainer):
-            parallel.set_deterministic(run.deterministic)
-            if world.main:
-                open_folder(run, manifest, metrics.environment(world, step=trainer.step))
-            training = Training(run, trainer, folder, manifest=manifest, world=world)
-            try:
-                training.go(signals)
-            except CommandError:  # every rank raises it, so every rank can wait for the save
-                training.saver.finish()
-                raise
-            trainer = training.trainer
-            text = "done" if finished(run, trainer) else "told to stop; the same command goes on"
+
+
+def carry_on(
+    run: Run,
+    *,
+    world: World,
+    signals: Signals,
+    readers: World | None = None,
+    make: Callable[..., Training] = Training,
+) -> int:
+    """Take a run from where it stands to its end, or until told to stop; every rank calls.
+
+    `readers` are the ranks that read different rows, where not all do, and `make` the training.
+    """
+    manifest = Manifest.load(run.data)
+    run = resolve(run, manifest, readers or world)
+    folder = world.share(checkpoint.latest(Path(run.out)))
+    trainer = standing(run, manifest, folder)
+    world.wait()  # nobody writes before everybody has looked
+    text = f"{run.out} is finished"
+    if not finished(run, trainer):
+        parallel.set_deterministic(run.deterministic)
         if world.main:
-            if finished(run, trainer):
-                close_folder(run, trainer)
-            print(f"{text}: {summary(run, trainer)}", flush=True)
+            open_folder(run, metrics.environment(world, step=trainer.step))
+            feed_of(run, manifest, world).describe(Path(run.out))
+        training = make(run, trainer, folder, manifest=manifest, world=world)
+        try:
+            training.go(signals)
+        except CommandError:  # every rank raises it, so every rank can wait for the save
+            training.saver.finish()
+            raise
+        trainer = training.trainer
+        text = "done" if finished(run, trainer) else "told to stop; the same command goes on"
+    if world.main:
+        if finished(run, trainer):
+            close_folder(run, trainer)
+        print(f"{text}: {summary(run, trainer)}", flush=True)
     return 0
 
 

@@ -75,7 +75,8 @@ def test_benchmarks_start_where_there_is_torch_and_little_else():
         "import importlib, sys\n"
         "for name in ('PIL', 'tyro', 'rich', 'jinja2', 'matplotlib', 'diffusers', 'h5py'):\n"
         "    sys.modules[name] = None\n"
-        "for name in ('kernels.bench', 'tokenizer.bench', 'lvm.bench', 'lvm.bench_train'):\n"
+        "for name in ('kernels.bench', 'tokenizer.bench', 'lvm.bench', 'lvm.bench_train',\n"
+        " 'lvm.bench_generate'):\n"
         "    importlib.import_module(name)\n"
         "print('all')\n"
     )

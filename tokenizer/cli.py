@@ -42,7 +42,8 @@ def run(
     """Parse `args` into the dataclass `command`, call `body` with it, and exit."""
     import tyro
 
-    options: dict[str, Any] = {"prog": prog, "args": args}
+    # A part that may be absent has flags where the default has it, and none where it has not.
+    options: dict[str, Any] = {"prog": prog, "args": args, "config": (tyro.conf.AvoidSubcommands,)}
     if default is not None:
         options["default"] = default
     parsed = tyro.cli(command, **options)

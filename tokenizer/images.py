@@ -59,18 +59,24 @@ _SILENCE = _Silence()  # Pillow warns of large images and odd EXIF blocks
 
 
 def read_image(
-    source: Path | str | bytes | np.ndarray, *, size: int, preprocess: Preprocess = "squash"
+    source: Path | str | bytes | np.ndarray,
+    *,
+    size: int,
+    preprocess: Preprocess = "squash",
+    most: int | None = None,
 ) -> np.ndarray:
     """Decode one image to uint8 [size, size, 3] RGB; raises BadImage with the reason."""
-    return fit(open_image(source, size=size), size=size, preprocess=preprocess)
+    return fit(open_image(source, size=size, most=most), size=size, preprocess=preprocess)
 
 
-def open_image(source: Path | str | bytes | np.ndarray, *, size: int) -> Image.Image:
+def open_image(
+    source: Path | str | bytes | np.ndarray, *, size: int, most: int | None = None
+) -> Image.Image:
     """Decode one image to RGB of its own shape; raises BadImage with the reason.
 
     `size` is the side in pixels at which the whole image will be needed, a cut-out's divided by its
     part of the shorter side; a JPEG may come smaller than it is, never smaller than that. An array
-    is uint8 [H, W, 3].
+    is uint8 [H, W, 3]. More than `most` pixels are refused, by the header, but those of a JPEG.
 
     What becomes of an image that is not plain 8-bit RGB:
     - much larger JPEG: decoded at a reduced scale (Pillow's draft mode);
@@ -99,6 +105,9 @@ def open_image(source: Path | str | bytes | np.ndarray, *, size: int) -> Image.I
         if empty:
             raise BadImage("empty file", name)
         with _SILENCE, Image.open(data, formats=FORMATS) as image:
+            if most and image.format != "JPEG" and image.width * image.height > most:
+                seen = f"{image.width * image.height / 1e6:.0f} megapixels"
+                raise BadImage("too large", f"{name}: {seen}, at most {most / 1e6:.0f} are read")
             image.draft("RGB", (size, size))
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError as error:

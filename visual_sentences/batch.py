@@ -23,6 +23,8 @@ class Batch:
         pos     [B, T] int32   position for the rotary embedding; starts again at each document
         island  [B, T] int32   or None where there are none
         source  [B]    int32   which source of the manifest the row comes from
+        soft    [B, T, K]      logits of a teacher that were stored, or None
+        soft_id [B, T, K]      ids that these are of
         exact   bool           each 128 positions, from 0 on, are of one document and causal, which
                                spares a kernel the bounds of single positions
     """
@@ -34,6 +36,8 @@ class Batch:
     pos: Tensor
     source: Tensor
     island: Tensor | None = None
+    soft: Tensor | None = None
+    soft_id: Tensor | None = None
     exact: bool = False
 
     @property
@@ -44,6 +48,11 @@ class Batch:
     def tokens(self) -> int:
         """Positions in all rows, padding included: what the hardware computes."""
         return self.ids.numel()
+
+    @property
+    def predicted(self) -> Tensor:
+        """How many positions have a label, a scalar on the device."""
+        return (self.labels != IGNORE).sum()
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
         moved: dict[str, Any] = {

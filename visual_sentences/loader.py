@@ -16,6 +16,7 @@ import signal
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from visual_sentences.mixture import Mixture
 from visual_sentences.pack import Rows
 from visual_sentences.reading import Read, Reader, require_codes
 
+T = TypeVar("T")
 AHEAD = 4096  # samples whose places are computed at once: numpy is slow on a few, fast on many
 
 
@@ -72,7 +74,7 @@ class Loader:
         )
 
     def __iter__(self) -> Iterator[Rows]:
-        return _from_workers(self._steps, self.workers) if self.workers else iter(self._steps)
+        return from_workers(self._steps, self.workers) if self.workers else iter(self._steps)
 
 
 def held_out(
@@ -107,7 +109,7 @@ def held_out(
             yield found
 
 
-def _from_workers(steps: "_Steps", workers: int) -> Iterator[Rows]:
+def from_workers(steps: IterableDataset[T], workers: int) -> Iterator[T]:
     """Read ahead in processes, which end when this generator or the program does.
 
     The workers ignore SIGTERM, and Python waits at exit for children it has sent that to; so the

@@ -21,12 +21,14 @@ class Rows:
     starts  [B, D] int32   where the documents start, ascending; -1 where there are no more
     length  [B]    int32   valid codes of each row
     source  [B]    int32   which source of the manifest
+    row     [B]    int64   which row of that source's split
     """
 
     tokens: Tensor
     starts: Tensor
     length: Tensor
     source: Tensor
+    row: Tensor
 
     @property
     def rows(self) -> int:
@@ -38,6 +40,7 @@ class Rows:
             starts=self.starts.to(device, non_blocking=non_blocking),
             length=self.length.to(device, non_blocking=non_blocking),
             source=self.source.to(device, non_blocking=non_blocking),
+            row=self.row.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> Self:
@@ -47,6 +50,7 @@ class Rows:
             starts=self.starts.pin_memory(),
             length=self.length.pin_memory(),
             source=self.source.pin_memory(),
+            row=self.row.pin_memory(),
         )
 
 

@@ -136,6 +136,7 @@ class Reader:
             starts=torch.from_numpy(starts),
             length=torch.from_numpy(length),
             source=torch.from_numpy(np.asarray(sources).astype(np.int32)),
+            row=torch.from_numpy(np.asarray(rows).astype(np.int64)),
         )
 
     def keys(self, source: int, row: int) -> list[str]:

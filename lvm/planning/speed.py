@@ -8,18 +8,20 @@ Computation of a row of T tokens, on one device (docs/planning.md says where the
     elementwise  norms 16·e·D, rotations 4·e·(H + G)·C, SwiGLU 9·e·F a token and layer, forward and
                  backward, at a share of the memory's bandwidth; more where nothing is fused
     recompute    full: the forward pass of the blocks again; selective: its elementwise part
-    optimiser    once a step: AdamW reads and writes 28 bytes a weight that this rank holds
+    optimiser    once a step: AdamW reads and writes 28 bytes a weight that this rank holds, taken
+                 for Muon too; Muon's products, those of the rank that owns most
 
 Communication of a micro-batch among the S shards of a copy, each FSDP unit by itself: weights are
 gathered in the compute type before the forward and again before the backward pass (the root's stay
 from the one to the other), gradients are reduced and scattered in fp32. Once a step, W/S copies sum
-their fp32 shards.
+their fp32 shards, and Muon's matrices go to their owners and back (lvm.muon), as if nothing hid it.
 """
 
 from dataclasses import dataclass, replace
 
 from lvm.planning.cards import Card
 from lvm.planning.memory import Setting
+from lvm.planning.muon import Load, muon_load
 from lvm.planning.units import Units
 
 NODE = 8
@@ -75,14 +77,6 @@ RATES = (
 """Compiled with fast attention, and eager with slower kernels. Of an H100 or H200, and taken for
 the other cards too, where nobody has checked them."""
 
-# torch.optim.Muon on FSDP's DTensors: counted operators of a step of one block, widths 256 and 640,
-# on 8 and 64 ranks (torch 2.13). A rank computes 0.30 and 0.20 of all products, as some are done by
-# every rank; it is sent every matrix 7.6 times in bf16, and 1.7 times as many bytes are summed over
-# ranks, which a ring sends twice.
-MUON_ALIKE, MUON_SHARED = 0.19, 0.93  # of the products: done by all, and divided over S
-MUON_SENT = 7.6 + 2 * 1.7
-MUON_ITERATIONS = 5
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
@@ -97,7 +91,7 @@ class Traffic:
     all_reduce: float
     """A step, between copies of the model."""
     optimiser: float
-    """A step: Muon's matrices."""
+    """A step: Muon's matrices, of the card that receives most of them."""
 
     def step(self, micro_batches: int) -> float:
         once = self.gather_forward + self.gather_backward + self.reduce_scatter
@@ -131,13 +125,13 @@ def traffic(setting: Setting, units: Units) -> Traffic:
     others = (s - 1) / s
     blocks, weights = layers * units.block, layers * units.block + units.root
     copies = setting.gpus // s
-    muon = setting.run.optim.name == "muon"
+    muon = muon_of(setting)
     return Traffic(
         gather_forward=others * e * weights,
         gather_backward=others * e * blocks,
         reduce_scatter=others * 4 * weights,
         all_reduce=2 * (copies - 1) / copies * 4 * units.local,
-        optimiser=others * MUON_SENT * 2 * units.matrices if muon else 0.0,
+        optimiser=float(muon.exchanged + muon.gathered) if muon else 0.0,
     )
 
 
@@ -155,13 +149,33 @@ def ring(bytes_: float, cards: int, *, card: Card, network: Network) -> float:
     return bytes_ / (rate * network.share) + near * network.hop + (nodes - 1) * network.far_hop
 
 
-def muon_flops(setting: Setting) -> float:
-    """Return the FLOPs of orthogonalising every block's matrices once."""
-    c = setting.run.model
-    heads, groups = c.heads * c.dim, c.groups * c.dim
-    shapes = [(c.width, heads)] * 2 + [(c.width, groups)] * 2 + [(c.width, c.ffn)] * 3
-    each = (sorted(shape) for shape in shapes)  # X Xᵀ, its square, and that times X
-    return c.layers * MUON_ITERATIONS * sum(4.0 * a * a * b + 2.0 * a**3 for a, b in each)
+def muon_of(setting: Setting) -> Load | None:
+    """Return what Muon does in an update, None where it is not used."""
+    if setting.run.optim.name != "muon":
+        return None
+    copies = setting.gpus // setting.shards
+    return muon_load(setting.run.model, shards=setting.shards, copies=copies)
+
+
+def muon_seconds(load: Load, setting: Setting, *, rates: Rates, net: Network) -> float:
+    """Return the time of Muon's products and messages, as if neither hid the other.
+
+    What a rank receives in an exchange is its own, and comes over its own link.
+    """
+    card, s, copies = setting.card, setting.shards, setting.gpus // setting.shards
+
+    def link(near: bool) -> float:
+        return net.share * (card.nvlink if near else min(card.nvlink, net.bandwidth))
+
+    seconds = load.products / (rates.products * card.peak)
+    if s > 1:
+        seconds += load.exchanged / link(s <= NODE)
+        seconds += 2 * load.rounds * ring(0.0, s, card=card, network=net)
+    if copies > 1:
+        near = setting.gpus <= NODE
+        seconds += load.gathered / link(near)
+        seconds += load.rounds * (copies - 1) * (net.hop if near else net.far_hop)
+    return seconds
 
 
 def step(
@@ -174,7 +188,7 @@ def step(
     micro-batch's backward pass carries, hides behind that pass as far as it has room.
     """
     card, config, t = setting.card, setting.run.model, setting.row_len
-    e, s, layers = setting.element, setting.shards, config.layers
+    e, layers = setting.element, config.layers
     micros = batch_rows // (setting.gpus * micro_rows)
     rows = micros * micro_rows
     head = config.vocab_size * config.width
@@ -195,10 +209,8 @@ def step(
         backward += each * e_forward
     optimiser = 28 * units.local / bandwidth
     sent = traffic(setting, units)
-    if setting.run.optim.name == "muon":
-        share = min(1.0, MUON_ALIKE + MUON_SHARED / s)
-        optimiser += share * muon_flops(setting) / (rates.products * card.peak)
-        optimiser += ring(sent.optimiser, s, card=card, network=net)
+    if (load := muon_of(setting)) is not None:
+        optimiser += muon_seconds(load, setting, rates=rates, net=net)
     gather, first, back, last, between = _times(setting, units, sent, net)
     room = backward / micros - (back - last)  # behind the last micro-batch's backward pass
     exposed = micros * (

@@ -53,6 +53,12 @@ def _shapes(config: ModelConfig) -> list[tuple[str, Tensor]]:
     return list(on_meta(config).named_parameters())
 
 
+def matrix_shapes(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """Return rows and columns of all blocks' matrices, in the order in which Muon is given them."""
+    matrices = [p for n, p in _shapes(config) if role(n, p) == "matrix"]
+    return tuple((p.shape[0], p.shape[1]) for p in matrices)
+
+
 def count_on_mesh(config: ModelConfig, *, gpus: int, shards: int) -> Units:
     """Count what rank 0 of `gpus` holds once the trainer's own code has sharded the model.
 

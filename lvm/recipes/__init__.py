@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 
 from lvm.config import Run
-from lvm.recipes import ladder, lvm, tiny
+from lvm.recipes import aim, delvm, ladder, lvm, tiny
 from tokenizer.cli import InputError
 
 
@@ -14,7 +14,7 @@ def recipes() -> dict[str, Callable[[], Run]]:
     """Return every recipe of the project by name."""
     return {
         name: function
-        for module in (tiny, ladder, lvm)
+        for module in (tiny, ladder, lvm, delvm, aim)
         for name, function in inspect.getmembers(module, inspect.isfunction)
         if function.__module__ == module.__name__ and not name.startswith("_")
     }

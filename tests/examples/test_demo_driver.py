@@ -12,8 +12,10 @@ import tyro
 
 import tokenizer
 from examples import answers, demo, render
+from examples.tasks import PALETTES
 from lvm import evaluate
 from lvm.config import ModelConfig, Reads, Run
+from lvm.evaluation.tasks import tasks_of
 from lvm.export import write
 from lvm.model import build
 from lvm.recipes import recipe
@@ -62,6 +64,14 @@ def test_every_command_of_the_demo_is_one_that_its_program_takes(size):
 )
 def test_targets_are_grouped_by_map(key, place):
     assert re.search(demo.MAP, key)[1] == place
+
+
+def test_the_demo_judges_segmentations_by_the_colours_they_are_painted_in():
+    given = answers.palettes(["swap", "segment-c", "depth-warm", "segment-a", "segment-a"])
+    assert [text.split("=")[0] for text in given] == ["segment-c", "segment-a"]
+    found = tasks_of(["segment-a", "segment-c"], given)
+    for name, task in found.items():
+        assert (task.palette * 255).round().int().tolist() == PALETTES[name].tolist()
 
 
 def test_a_stage_that_was_run_is_skipped_and_one_that_fails_says_so(tmp_path, capfd):
@@ -118,11 +128,19 @@ def test_answers_are_written_for_every_kind_of_sentence(tmp_path, np_rng):
     answers.main(command)
     found = json.loads((tmp_path / "out/answers.json").read_text())
     names = {p.name for p in (tmp_path / "out").glob("*.png")}
-    scores = [entry["psnr"]["right"] for entry in found["analogies"]]
-    assert scores == sorted(scores, reverse=True) and len(scores) == 4
+    assert set(found["scores"]) == {"s0", "s1"}
+    for part in found["scores"].values():
+        assert part["n"] == 2
+        kinds = {"right", "wrong", "none", "copy", "last", "mean"}
+        assert set(part["figures"][part["primary"]]) == kinds
+    for task in ("s0", "s1"):
+        mine = {entry["place"]: entry for entry in found["analogies"] if entry["task"] == task}
+        assert list(mine) == ["best", "worst"]  # of two, none is in the middle
+        best, worst = (mine[place]["scores"]["right"]["psnr"] for place in mine)
+        assert best >= worst
     for entry in found["analogies"]:
         assert len(entry["prompt"]) == len(entry["wrong_prompt"]) == 7
-        assert set(entry["answers"]) == {"right", "wrong", "none"}
+        assert set(entry["answers"]) == set(entry["scores"]) == {"right", "wrong", "none"}
         assert {*entry["prompt"], entry["target"], *entry["answers"].values()} <= names
     assert [len(found["sequences"][0][k]) for k in ("given", "drawn", "true")] == [6, 2, 2]
     assert [entry["kind"] for entry in found["sentences"]] == ["pair", "pair", "video", "image"]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.report import chosen, verdict, write_report
+from examples.report import PLACES, by_task, verdict, write_report
 from tokenizer.images import save_image
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
@@ -45,15 +45,28 @@ def made_up(count: int = 12) -> tuple[dict[str, Any], dict[str, Any]]:
         "tasks": {"negative": task, "depth-warm": task},
         "shots": [{"pairs": k, **ci(8 - k * 0.2, 0.1), "n": 300} for k in range(4)],
         "temperature": 0.8,
+        "scores": {
+            task: {
+                "metric": "image",
+                "setting": "",
+                "primary": figure,
+                "n": 8,
+                "better": {figure: "more"},
+                "figures": {figure: {k: {**ci(20), "n": 8} for k in (*kinds, "copy", "mean")}},
+            }
+            for task, figure in (("negative", "psnr"), ("depth-warm", "rmse"))
+        },
         "analogies": [
             {
-                "task": ("negative", "depth-warm")[i % 2],
+                "task": ("negative", "depth-warm")[i // 3 % 2],
+                "place": PLACES[i % 3],
+                "figure": ("psnr", "rmse")[i // 3 % 2],
                 "key": f"targets/map07-{i:02d}/003.png",
                 "prompt": names(7),
                 "wrong_prompt": names(7),
                 "target": name(),
                 "answers": {k: name() for k in kinds},
-                "psnr": dict.fromkeys(kinds, 30.0 - i),
+                "scores": {k: {"psnr": 30.0 - i, "rmse": 0.5 + i} for k in kinds},
             }
             for i in range(count)
         ],
@@ -143,10 +156,29 @@ def test_the_verdict_follows_the_interval() -> None:
     assert verdict(None, "")["word"] == "not measured"
 
 
-@pytest.mark.parametrize(("count", "expected"), [(0, 0), (1, 1), (2, 2), (3, 3), (8, 6), (40, 9)])
-def test_no_analogy_is_shown_twice(count: int, expected: int) -> None:
-    shown = [entry["key"] for _, part in chosen(made_up(count)[0]["analogies"]) for entry in part]
-    assert len(shown) == len(set(shown)) == expected
+def test_each_task_shows_its_best_median_and_worst(tmp_path: Path) -> None:
+    results, pictures = made_up(6)
+    found = by_task(results["analogies"])
+    assert {task: list(entries) for task, entries in found.items()} == {
+        "negative": list(PLACES), "depth-warm": list(PLACES)
+    }  # fmt: skip
+    text = write_report(results, pictures, tmp_path / "report.html").read_text()
+    for entry in results["analogies"]:
+        assert text.count(entry["key"]) == 1
+    # Of five the last task has no worst: its place stays empty.
+    text = write_report(made_up(5)[0], pictures, tmp_path / "report.html").read_text()
+    assert "<td></td>" in text
+
+
+def test_an_undefined_score_is_a_dash(tmp_path: Path) -> None:
+    results, pictures = made_up(1)
+    results["analogies"][0]["scores"] = {k: {} for k in ("right", "wrong", "none")}
+    results["scores"]["negative"]["figures"]["psnr"]["wrong"] = {
+        "mean": None, "low": None, "high": None, "n": 0
+    }  # fmt: skip
+    text = write_report(results, pictures, tmp_path / "report.html").read_text()
+    assert '<span class="score">–</span>' in text
+    assert "<td>–</td>" in text
 
 
 def test_pictures_may_be_files_and_an_unknown_name_is_refused(tmp_path: Path) -> None:

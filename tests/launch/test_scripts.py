@@ -13,8 +13,12 @@ import pytest
 from lvm.recipes import recipe, recipes
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = sorted((ROOT / "launch").glob("lvm_*.sh"))
-GPUS = {"300m": 8, "600m": 16, "1b": 32, "3b": 128, "7b": 256}
+GPUS = {
+    "lvm_300m": 8, "lvm_600m": 16, "lvm_1b": 32, "lvm_3b": 128, "lvm_7b": 256,
+    "aim_1b": 64, "delvm_300m_kd": 8,
+}  # fmt: skip
+PER_ROW = {"lvm": 4096, "aim": 1, "delvm": 2048}  # what a row counts in the script's words
+SCRIPTS = sorted(p for name in PER_ROW for p in (ROOT / "launch").glob(f"{name}_*.sh"))
 
 # The health check runs on node7 and node8, with $T/bin/nvidia-smi of that node.
 SRUN = """#!/bin/bash
@@ -368,14 +372,31 @@ def test_a_script_trains_what_its_name_says_and_can_be_requeued(script):
     assert wanted <= set(header)
     assert not [h for h in header if "partition" in h or "account" in h]
     nodes, gpus = (int(re.search(rf"--{n}=(\d+)", text)[1]) for n in ("nodes", "gpus-per-node"))
-    assert nodes * gpus == GPUS[script.stem.removeprefix("lvm_")] and f"{nodes * gpus} GPUs" in text
+    assert nodes * gpus == GPUS[script.stem] and f"{nodes * gpus} GPUs" in text
     run = recipe(script.stem)
     assert f"--ntasks-per-node={gpus}" in header and run.batch_rows % (nodes * gpus) == 0
-    count = run.model.num_params()
+    count = run.model.num_params(embeddings=run.patches is None)
     written = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.0f} M"
     assert f"{written} parameters" in text
-    assert run.steps * run.batch_rows * 4096 == pytest.approx(420e9, rel=0.002)  # as it says
+    billions = run.steps * run.batch_rows * PER_ROW[script.stem.split("_")[0]] / 1e9
+    said = re.search(r"parameters, (\d+(?:\.\d)?) B (tokens|images)", text)
+    assert said is not None and float(said[1]) == pytest.approx(billions, rel=0.01)
 
 
 def test_the_scripts_are_those_that_were_promised():
-    assert {script.stem.removeprefix("lvm_") for script in SCRIPTS} == set(GPUS)
+    assert {script.stem for script in SCRIPTS} == set(GPUS)
+
+
+def test_distillation_takes_its_teacher_from_the_environment(cluster):
+    shutil.copy(ROOT / "launch/delvm_300m_kd.sh", cluster.script)
+    code, _, err = cluster.submit()
+    assert code == 2 and "neither TEACHER nor LOGITS is set" in err
+    code, _, err = cluster.submit(TEACHER="runs/t", TOKENIZER="tok", EXTRA="--seed 7")
+    assert code == 0, err
+    seen = cluster.seen("python.seen")
+    assert "delvm_300m_kd" in seen
+    assert "--codebook tok --distil.teacher runs/t --seed 7" in seen
+    code, _, err = cluster.submit(LOGITS="logits", TEACHER="runs/t")
+    assert code == 0, err
+    assert "--distil.logits logits" in cluster.seen("python.seen")
+    assert "--distil.teacher" not in cluster.seen("python.seen")

@@ -1,7 +1,13 @@
 """Data for the training tests: a small folder of shards, written by the writer that build uses;
 and small models for the tests of what is done with one."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from lvm.config import Layout, ModelConfig, Reads
+from lvm.config import Layout, ModelConfig, Reads, Run
 from lvm.model import Transformer, build
+from tokenizer.images import encode_image
+from visual_sentences.image_shards import write_images
 from visual_sentences.manifest import Manifest, ShardEntry, SourceEntry
 from visual_sentences.shards import write_shard
 
+HERE = Path(__file__).parent
 CODES, PER_IMAGE, ROW_LEN = 61, 4, 32
 
 
@@ -93,6 +102,43 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="session")
+def image_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of image shards of two sources, 24 small pictures of each to train on and 8 val."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    sources, shards = [], []
+    for name in ("a", "b"):
+        for split, rows in (("train", 24), ("val", 8)):
+            pictures = rng.integers(0, 256, (rows, 12, 10, 3)).astype(np.uint8)
+            shard = f"{name}-{split}-00000.arrow"
+            written = write_images(
+                folder / shard,
+                jpegs=[[encode_image(p, format="JPEG")] for p in pictures],
+                labels=[row % 3 for row in range(rows)],
+                keys=[[f"{name}/{row}.jpg"] for row in range(rows)],
+                metadata={"source": name, "split": split},
+            )
+            shards.append(
+                ShardEntry(
+                    name=shard, source=name, split=split, rows=rows, documents=rows, images=rows,
+                    bytes=written.bytes, sha256=written.sha256, offset=0,
+                )
+            )  # fmt: skip
+        sources.append(
+            SourceEntry(
+                name=name, kind="image" if name == "a" else "category", weight=None, repeat=None,
+                preprocess="squash", license="", note="", inputs=24, good=24, bad={},
+                classes=("x", "y", "z"),
+            )
+        )  # fmt: skip
+    Manifest(
+        tokenizer="", codebook_size=0, codes_per_image=0, image_size=12, row_len=0, seed=0,
+        sources=tuple(sources), shards=tuple(shards), form="images",
+    ).save(folder)  # fmt: skip
+    return folder
+
+
 @pytest.fixture
 def make_model():
     """Return a function that makes a small model whose weights are far from their initialisation,
@@ -130,3 +176,40 @@ def make_model():
         return model.eval()
 
     return make
+
+
+@pytest.fixture
+def two_ranks(tmp_path: Path) -> Callable[..., None]:
+    """Return a function that trains runs, one after the other, on two gloo ranks."""
+
+    def on_ranks(*runs: Run) -> None:
+        listing = tmp_path / "runs.json"
+        listing.write_text(json.dumps([run.to_json() for run in runs]))
+        with ExitStack() as stack:  # all open at once, so that the ports differ
+            free = [stack.enter_context(socket.socket()) for _ in runs]
+            for opened in free:
+                opened.bind(("127.0.0.1", 0))
+            ports = " ".join(str(opened.getsockname()[1]) for opened in free)
+        shared = {
+            **os.environ,
+            "PYTHONPATH": str(HERE.parents[1]),
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "PORTS": ports,
+        }
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, str(HERE / "ranks.py"), str(listing)],
+                env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stderr=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                text=True,
+            )
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=120)
+            assert rank.returncode == 0, errors
+
+    return on_ranks

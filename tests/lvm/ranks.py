@@ -45,9 +45,9 @@ def sgd_step(run: Run, out: Path) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     runs = [Run.from_json(run) for run in json.loads(Path(sys.argv[1]).read_text())]
-    for i, (run, port) in enumerate(zip(runs, os.environ["PORTS"].split(), strict=True)):
+    for run, port in zip(runs, os.environ["PORTS"].split(), strict=True):
         os.environ["MASTER_PORT"] = port
-        if i == 0:
+        if run.out.endswith(".pt"):
             sgd_step(run, Path(run.out))
         else:
             assert train(run) == 0

@@ -32,7 +32,7 @@ def test_one_backend_twice_gives_one_curve(monkeypatch, capsys):
         return whole(config, backend, **{**rest, "rows": 1, "length": 64, "steps": 20})
 
     monkeypatch.setattr(bench, "curve", short)
-    monkeypatch.setattr(sys, "argv", ["bench", "--training"])
+    monkeypatch.setattr(sys, "argv", ["bench"])
     bench.main()
     out = capsys.readouterr().out
     assert "largest relative difference 0.00e+00" in out and '"bench": "training"' in out

@@ -1,7 +1,9 @@
-"""Perplexities and the prompt experiment against slow loops; the bootstrap against resampling."""
+"""Perplexities and the prompt experiment against slow loops; the bootstrap against resampling; the
+command that measures them and draws answers."""
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+import tokenizer
 from lvm import evaluate as command
 from lvm import export
 from lvm.evaluate import evaluate, summarise, target_nll
-from lvm.in_context import bootstrap, find_prompts, group_keys, spread
+from lvm.evaluation.in_context import bootstrap, find_prompts, group_keys, spread
+from lvm.generate import Sampling
 from tokenizer.cli import InputError
 from visual_sentences.loader import Reader
 from visual_sentences.manifest import Manifest, ShardEntry, SourceEntry
@@ -29,8 +33,11 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A folder as the build writes it: split val alone, random codes, keys by map."""
-    folder = tmp_path_factory.mktemp("data")
+    return write(tmp_path_factory.mktemp("data"), "t" * 64)
+
+
+def write(folder: Path, codes_of: str) -> Path:
+    """Write a folder as the build does: split val alone, random codes, keys by map."""
     rng = np.random.default_rng(0)
     sources, shards = [], []
     for (name, kind), rows in ROWS.items():
@@ -48,7 +55,7 @@ def data(tmp_path_factory) -> Path:
             docs=[[N * sum(row[:j]) for j in range(len(row))] for row in rows],
             length=np.array(counts, np.int32) * N,
             keys=keys,
-            metadata={"tokenizer": "t" * 64},
+            metadata={"tokenizer": codes_of},
         )
         shards.append(
             ShardEntry(
@@ -64,7 +71,7 @@ def data(tmp_path_factory) -> Path:
             )
         )  # fmt: skip
     Manifest(
-        tokenizer="t" * 64, codebook_size=K, codes_per_image=N, image_size=8, row_len=ROW, seed=0,
+        tokenizer=codes_of, codebook_size=K, codes_per_image=N, image_size=8, row_len=ROW, seed=0,
         sources=tuple(sources), shards=tuple(shards),
     ).save(folder)  # fmt: skip
     return folder
@@ -96,7 +103,14 @@ def slow_nll(model, images: torch.Tensor) -> list[list[float]]:
 @pytest.mark.parametrize("layout", ["bos", "none"])
 def test_perplexities_equal_a_slow_loop(make_model, data, layout):
     model = make_model(layout=layout)
-    report = evaluate(model, data, prompts=0)["corpus"]
+    whole = evaluate(model, data, prompts=0)
+    report, sums = whole["corpus"], whole["rows"]
+    assert sum(sums["codes"]) == report["all"]["codes"]
+    # Four decimals of each row are kept.
+    total = math.exp(sum(sums["nll"]) / sum(sums["codes"]))
+    assert total == pytest.approx(report["all"]["perplexity"], rel=1e-5)
+    places = [(name, r) for (name, _), every in ROWS.items() for r in range(len(every))]
+    assert list(zip(sums["source"], sums["row"], strict=True)) == places
     rows = [
         (name, place, nll)
         for name, images in sentences(data)
@@ -126,6 +140,46 @@ def test_perplexities_equal_a_slow_loop(make_model, data, layout):
     assert len(report["positions"]) == 6
 
 
+@pytest.mark.parametrize(("layout", "qk_norm"), [("bos", False), ("none", False), ("bos", True)])
+def test_perplexities_equal_a_plain_loop_over_transformers_logits(
+    make_model, data, tmp_path, layout, qk_norm
+):
+    """Of whole rows and of targets, in both definitions; LVM's prompts have no bos."""
+    transformers = pytest.importorskip("transformers", reason="the oracle; in the extra dev")
+    model = make_model(layout=layout, qk_norm=qk_norm)
+    export.write(model, tmp_path / "m")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+
+    def nll(images: torch.Tensor) -> list[np.ndarray]:
+        """-log p of the codes of each image, a whole sentence at a time."""
+        codes = images.flatten()
+        ids = torch.cat([torch.tensor([K]), codes])[None] if layout == "bos" else codes[None]
+        with torch.no_grad():
+            logp = theirs(ids).logits[0].double().log_softmax(-1)
+        known = codes if layout == "bos" else codes[1:]
+        found = -logp[: len(known)].gather(1, known[:, None])[:, 0].numpy()
+        found = found if layout == "bos" else np.concatenate([[np.nan], found])
+        return [part[~np.isnan(part)] for part in found.reshape(-1, N)]
+
+    report = evaluate(model, data, prompts=100)
+    every = [part for _, images in sentences(data) for part in nll(images)]
+    found = report["corpus"]["all"]
+    # fp32 logits of two programs; the bound of the issue.
+    assert found["perplexity"] == pytest.approx(np.exp(np.concatenate(every).mean()), rel=1e-5)
+    assert found["perplexity_lvm"] == pytest.approx(
+        np.mean([np.exp(part.mean()) for part in every]), rel=1e-5
+    )
+    prompts = find_prompts(reader_of(data), split="val", count=100, seed=0)
+    for kind, context in (("right", prompts.right), ("none", prompts.shots(0))):
+        last = [
+            nll(torch.cat([c, t[None]]))[-1]
+            for c, t in zip(context, prompts.target, strict=True)
+        ]  # fmt: skip
+        figures = report["perplexity"][kind]
+        assert figures["mean"] == pytest.approx(np.exp(np.mean(last)), rel=1e-5)
+        assert figures["lvm"] == pytest.approx(np.mean([np.exp(x.mean()) for x in last]), rel=1e-5)
+
+
 def test_rows_of_lvms_release_are_one_document(make_model, data):
     model = make_model(layout="none", whole_rows=True)
     found = evaluate(model, data, prompts=0)["corpus"]["sources"]["photos"]
@@ -153,7 +207,7 @@ def test_target_nll_is_the_same_in_any_batch(make_model, rng, monkeypatch):
     model = make_model()
     images = torch.randint(0, K, (7, 4, N), generator=rng)
     whole = target_nll(model, images[:, :-1], images[:, -1])
-    monkeypatch.setattr("lvm.in_context.POSITIONS", 40)  # two rows a pass
+    monkeypatch.setattr("lvm.evaluation.in_context.POSITIONS", 40)  # two rows a pass
     parts = target_nll(model, images[:, :-1], images[:, -1])
     torch.testing.assert_close(parts, whole, atol=1e-5, rtol=0)
 
@@ -215,11 +269,14 @@ def test_a_wrong_prompt_does_not_show_the_query(data):
 def test_the_report_of_a_prompt_experiment_has_the_promised_form(make_model, data, tmp_path):
     model = make_model(tokenizer="t" * 64)
     report = evaluate(model, data, group_by=r"/(M\d)-")
-    assert set(report) == {"corpus", "perplexity", "paired", "shots", "tasks"}
+    assert set(report) == {
+        "corpus", "rows", "perplexity", "paired", "shots", "tasks", "targets"
+    }  # fmt: skip
     assert list(report["perplexity"]) == ["right", "wrong", "none"]
     for figures in report["perplexity"].values():
-        assert set(figures) == {"mean", "low", "high", "n"}
+        assert set(figures) == {"mean", "low", "high", "lvm", "n"}
         assert figures["n"] == 7
+        assert figures["lvm"] >= figures["mean"]  # exp is convex
         assert figures["low"] <= figures["mean"] <= figures["high"]
     assert list(report["paired"]) == ["none/right", "wrong/right"]
     assert [s["pairs"] for s in report["shots"]] == [0, 1, 2]
@@ -229,7 +286,19 @@ def test_the_report_of_a_prompt_experiment_has_the_promised_form(make_model, dat
     ratio = report["paired"]["wrong/right"]["mean"]
     assert ratio == pytest.approx(means["wrong"] / means["right"])
     assert set(report["tasks"]) == {"plus", "minus"}
-    assert report["tasks"]["minus"]["perplexity"]["none"]["n"] == 4
+    minus = report["tasks"]["minus"]
+    assert minus["perplexity"]["none"]["n"] == 4
+    assert [s["pairs"] for s in minus["shots"]] == [0, 1, 2]
+    assert minus["shots"][0]["mean"] == minus["perplexity"]["none"]["mean"]
+    own = {kind: [t["nll"][kind] for t in report["targets"]] for kind in report["perplexity"]}
+    for kind, values in own.items():
+        # Six decimals are kept.
+        assert np.exp(np.mean(values)) == pytest.approx(means[kind], rel=1e-5)
+        assert np.exp(values).mean() == pytest.approx(report["perplexity"][kind]["lvm"], rel=1e-5)
+    assert len({t["id"] for t in report["targets"]}) == 7
+    assert {t["group"] for t in report["targets"]} == {"M0", "M1", "M2"} & {
+        t["key"].split("/")[1][:2] for t in report["targets"]
+    }
 
 
 def test_the_command_writes_json_and_a_table(make_model, data, tmp_path, capsys):
@@ -250,6 +319,145 @@ def test_the_command_writes_json_and_a_table(make_model, data, tmp_path, capsys)
     assert report["corpus"]["all"]["images"] < sum(map(sum, sum(ROWS.values(), [])))  # noqa: RUF017
     command.main(command.Evaluate(model=tmp_path / "m", data=data, out=tmp_path / "d", prompts=0))
     assert "perplexity" not in json.loads((tmp_path / "d/evaluation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory) -> Path:
+    """A random tokenizer of the data's geometry: 8 pixels a side, 4 codes of 40."""
+    config = tokenizer.VQGANConfig(
+        image_size=8, channels=32, multipliers=(1,), patch=4, res_blocks=1, latent_dim=8,
+        code_dim=8, codebook_size=K,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tok")
+    tokenizer.save(tokenizer.VQGAN(config).eval(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def its_data(tok, tmp_path_factory) -> Path:
+    """The data as if it were of that tokenizer."""
+    return write(tmp_path_factory.mktemp("its_data"), tokenizer.load(tok).id)
+
+
+def test_the_command_draws_and_scores_answers_and_shows_them(
+    make_model, its_data, tok, tmp_path, capsys
+):
+    export.write(make_model(), tmp_path / "m")
+    wanted = command.Evaluate(
+        model=tmp_path / "m", data=its_data, out=tmp_path / "r.json", prompts=0, tokenizer=tok,
+        generate=6, candidates=2, task=("plus=depth",), group_by=r"/(M\d)-",
+    )  # fmt: skip
+    command.main(wanted)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["format"], report["version"]) == ("lvm-evaluation", 1)
+    assert report["manifest"] == Manifest.load(its_data).hash
+    found = report["answers"]
+    assert {k: v["metric"] for k, v in found["tasks"].items()} == {
+        "plus": "depth", "minus": "image"
+    }  # fmt: skip
+    kinds = {"right", "ranked", "best", "wrong", "none", "copy", "last", "mean"}
+    assert set(found["tasks"]["plus"]["figures"]["rmse"]) == kinds
+    assert len(found["targets"]) == 6
+    said = capsys.readouterr().out
+    for words in ("rmse ↓", "LPIPS: not measured", "FID: not measured", "r.html"):
+        assert words in said
+    page = (tmp_path / "r.html").read_text()
+    loads = re.findall(r'(?:src|href|srcset|poster|data)="([^"]*)"', page)
+    assert loads and all(v.startswith("data:image/png;base64,") for v in loads)
+    assert not re.search(r"https?://|@import|url\(|<script|<link|<iframe", page)
+    for words in ("best</b> by rmse", "worst</b> by psnr", "Perplexity of whole rows"):
+        assert words in page
+    command.main(replace(wanted, out=tmp_path / "again"))
+    again = json.loads((tmp_path / "again/evaluation.json").read_text())
+    assert again == report
+
+
+def test_networks_given_by_path_measure_answers_too(
+    make_model, its_data, tok, tmp_path, capsys, monkeypatch
+):
+    """Their weights are not here: modules of the same form stand in."""
+
+    class Distance(torch.nn.Module):
+        name = "lpips"
+
+        def forward(self, images, targets):
+            return (images - targets).abs().mean((1, 2, 3))
+
+    class Features(torch.nn.Module):
+        def forward(self, images):
+            return images.double().mean((2, 3))
+
+    given = []
+    monkeypatch.setattr(command, "load_perceptual", lambda *a: given.append(a) or Distance())
+    monkeypatch.setattr(command, "load_inception", lambda *a: given.append(a) or Features())
+    export.write(make_model(), tmp_path / "m")
+    command.main(
+        command.Evaluate(
+            model=tmp_path / "m",
+            data=its_data,
+            out=tmp_path / "r.json",
+            tokenizer=tok,
+            generate=6,
+            perceptual="vgg",
+            lpips_heads=Path("heads"),
+            inception=Path("net"),
+        )
+    )
+    assert given == [("vgg", Path("heads")), (Path("net"),)]
+    plus = json.loads((tmp_path / "r.json").read_text())["answers"]["tasks"]["plus"]
+    assert plus["figures"]["lpips"]["right"]["mean"] > 0
+    assert plus["set"]["right"]["fid"] > 0
+    said = capsys.readouterr().out
+    assert "not measured" not in said
+    assert "lpips ↓" in said and "fid of the whole set" in said and "FID: 3 images are" in said
+    page = (tmp_path / "r.html").read_text()
+    assert "fid of the set" in page and "the covariance is singular" in page
+
+
+def test_a_page_without_answers_has_the_figures(make_model, data, tmp_path):
+    export.write(make_model(), tmp_path / "<m>")
+    command.main(command.Evaluate(model=tmp_path / "<m>", data=data, out=tmp_path / "r.json"))
+    page = (tmp_path / "r.html").read_text()
+    assert "Does the prompt help?" in page
+    assert "Answers by task" not in page
+    assert "<m>" not in page and "&lt;m&gt;" in page  # a name is text
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tokenizer": None}, "give --tokenizer DIR"),
+        ({"task": ("nope=depth",)}, "no pair source is named 'nope'; these are: plus, minus"),
+        ({"task": ("photos=depth",)}, "no pair source is named 'photos'"),
+        ({"generate": 0}, "--task is for answers"),
+        ({"generate": 0, "task": (), "perceptual": "x"}, "--perceptual is for answers"),
+        ({"lpips_heads": Path("x")}, "give --perceptual PATH too"),
+        ({"generate": -1}, "cannot be negative"),
+        ({"batch": 0}, "--batch is 1 or more"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"group_by": "("}, "no regular expression"),
+        ({"split": "test"}, "no rows of split"),
+    ],
+)
+def test_wrong_options_of_answers_are_refused(
+    make_model, its_data, tok, tmp_path, options, words, capsys
+):
+    export.write(make_model(), tmp_path / "m")
+    good = {"generate": 4, "tokenizer": tok, "task": ("plus=depth",)}
+    wanted = command.Evaluate(model=tmp_path / "m", data=its_data, **{**good, **options})
+    with pytest.raises(InputError, match=words):
+        command.main(wanted)
+    assert "answer:" not in capsys.readouterr().out  # said before any work
+
+
+def test_answers_need_the_tokenizer_of_the_data_and_pairs(make_model, data, its_data, tok):
+    loaded = tokenizer.load(tok)
+    wanted = command.Generate(tok=loaded, count=4, sampling=Sampling())
+    with pytest.raises(InputError, match="are of tokenizer tttttttttttt…, not of the given"):
+        command.answers(make_model(), data, wanted)
+    with pytest.raises(InputError, match="another picture"):
+        command.answers(make_model(tokenizer="0" * 64), its_data, wanted)
 
 
 def test_the_command_says_what_it_left_out(make_model, data, tmp_path, capsys):

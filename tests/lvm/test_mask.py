@@ -100,6 +100,7 @@ def test_packed_batches_say_rightly_that_they_are_exact(per_image, exact, whole_
         starts=torch.tensor([[0, -1], [0, n], [0, -1]], dtype=torch.int32),
         length=torch.tensor([4 * n, 4 * n, 3 * n], dtype=torch.int32),
         source=torch.zeros(3, dtype=torch.int32),
+        row=torch.zeros(3, dtype=torch.int64),
     )
     for layout in ("bos", "none"):
         batch = pack(rows, layout=layout, vocab=vocab, whole_rows=whole_rows)

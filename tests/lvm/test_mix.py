@@ -10,8 +10,9 @@ import torch
 
 from lvm.checkpoint import Trainer, latest
 from lvm.config import Run
+from lvm.feed import CodeFeed
 from lvm.recipes import recipe
-from lvm.train import Training, main, train
+from lvm.train import main, train
 from tokenizer.cli import InputError, guarded
 
 
@@ -35,14 +36,14 @@ def run(data, tmp_path) -> Run:
 def seen(run: Run, monkeypatch) -> dict[str, Counter[int]]:
     """Train and count the rows that were trained on and those of validations, by source."""
     found: dict[str, Counter[int]] = {"train": Counter(), "val": Counter()}
-    batch = Training.batch
+    batch = CodeFeed.batch
 
     def counted(self, rows):
         there = rows.source[rows.length > 0]
         found["train" if torch.is_grad_enabled() else "val"].update(there.tolist())
         return batch(self, rows)
 
-    monkeypatch.setattr(Training, "batch", counted)
+    monkeypatch.setattr(CodeFeed, "batch", counted)
     train(run)
     monkeypatch.undo()
     return found

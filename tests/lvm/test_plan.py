@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernels.mask import Mask
 from lvm.config import ModelConfig, Optim, Run
@@ -25,7 +26,8 @@ from lvm.parallel import compute, parallelize, recompute_block
 from lvm.plan import Plan, main, plan, to_json
 from lvm.planning.cards import cards
 from lvm.planning.memory import Setting, kept, largest, memory
-from lvm.planning.speed import RATES, Network, at, muon_flops, ring, step, traffic
+from lvm.planning.muon import muon_load
+from lvm.planning.speed import RATES, Network, at, ring, step, traffic
 from lvm.planning.units import count, count_on_mesh
 from lvm.recipes import recipe
 from tokenizer.cli import CommandError, InputError, guarded
@@ -243,7 +245,7 @@ def test_sizes_are_the_models():
     config = recipe("lvm_7b").model
     units = count(config, shards=1)
     assert units.total(config.layers) == units.local == config.num_params()
-    assert units.matrices == config.num_params(embeddings=False) - config.norms
+    assert units.matrices == config.num_params(embeddings=False) - config.vectors
 
 
 def test_a_plan_inside_a_process_group_is_refused():
@@ -316,7 +318,7 @@ def test_a_ring_is_bound_by_its_slowest_link():
 
 
 def test_a_slow_network_is_exposed_and_copies_in_nodes_hide_it():
-    run = replace(recipe("lvm_1b"), batch_rows=1024)
+    run = replace(recipe("lvm_1b"), batch_rows=16_384)  # of several micro-batches a card
     fast, slow = (plan(Plan(gpus=256, run=run, network_gbps=gbps)) for gbps in (400, 10))
     assert slow.steps["best"].exposed > 10 * fast.steps["best"].exposed
     assert slow.steps["best"].seconds > fast.steps["best"].seconds
@@ -350,10 +352,85 @@ def test_recomputing_costs_time_and_saves_memory():
     assert none == full and none["none"] > none["selective"] > none["full"]
 
 
-def test_muons_products_are_counted():
+class Received(TorchDispatchMode):
+    """Counts the bytes that rank 0 is sent by others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.exchanged = self.gathered = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(kind is DTensor for kind in types):
+            return NotImplemented
+        if func._schema.name == "c10d::alltoall_base_":
+            found, sent, group, take, give = args[:5]
+            assert sum(take) == found.numel() and sum(give) == sent.numel()
+            assert take[0] == give[0]
+            self.exchanged += (sum(take) - take[0]) * found.element_size()
+            # The fake group copies what is sent to what is received, which are of two sizes.
+            none = [0] * len(take)
+            return func(found[:0], sent[:0], group, none, none, *args[5:])
+        if func._schema.name == "c10d::allgather_":
+            ((*lines,),), (line,) = args[:2]
+            self.gathered += (len(lines) - 1) * line.nbytes
+        else:
+            assert not func._schema.name.startswith("c10d::"), func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ffn", [256, 172])  # 172 is no multiple of 8
+@pytest.mark.parametrize("shards", [8, 4, 1])
+def test_muons_traffic_and_products_are_what_a_real_update_makes(shards, ffn):
+    """Rank 0, which is given the first of the largest matrices, is one of the fullest of 8 here."""
+    config = ModelConfig(width=64, layers=2, heads=4, kv_heads=2, ffn=ffn, vocab_size=128)
+    setting = small(gpus=8, shards=shards, optim=Optim(name="muon"), model=config)
+    dist.init_process_group("fake", store=FakeStore(), world_size=8, rank=0)
+    try:
+        root = Learner(config)
+        parallelize(root, root.model.layers, World(size=8), precision="bf16", shards=shards)
+        (_, muon) = optimisers(root, setting.run.optim)
+        muon.step()  # no gradient, no work
+        matrices = muon.param_groups[0]["params"]
+        for p in matrices:
+            p.grad = torch.zeros_like(p)
+            muon.state[p]["momentum_buffer"] = torch.zeros_like(p).detach()
+        known = [t for p in matrices for t in (p, p.grad, muon.state[p]["momentum_buffer"])]
+        with Live() as live, Received() as received, FlopCounterMode(display=False) as flops:
+            for tensor in known:
+                tensor.to_local().detach()
+            before = live.now()
+            muon.step()
+    finally:
+        dist.destroy_process_group()
+    load = muon_load(config, shards=shards, copies=8 // shards)
+    assert flops.get_total_flops() == load.products
+    assert (received.exchanged, received.gathered) == (load.exchanged, load.gathered)
+    found = traffic(setting, count(config, shards=shards)).optimiser
+    assert found == received.exchanged + received.gathered > 0
+    # As lvm.muon says: nine matrices and, with copies, what is gathered, also of this copy.
+    rows = 2 * received.gathered if shards < 8 else 0
+    assert live.now() == before and live.peak - before <= 9 * 2 * 64 * ffn + rows
+
+
+def test_muons_products_and_traffic_by_hand():
     config = replace(SMALL, layers=1, ffn=512)
     square, wide = 5 * (4 * 256**3 + 2 * 256**3), 5 * (4 * 256**2 * 512 + 2 * 256**3)
-    assert muon_flops(small(model=config)) == 4 * square + 3 * wide
+    alone = muon_load(config, shards=1, copies=1)
+    assert (alone.products, alone.exchanged, alone.gathered) == (4 * square + 3 * wide, 0, 0)
+    spread = muon_load(config, shards=8, copies=1)  # seven matrices, one each
+    assert (spread.products, spread.rounds) == (wide, 1)
+    every = 2 * (4 * 256 * 256 + 3 * 256 * 512)
+    assert spread.exchanged == every / 8 + (6 / 8) * 2 * 256 * 512
+
+
+def test_muon_is_no_longer_half_of_an_update_at_few_rows_a_card():
+    """As docs/planning.md says of lvm_3b on 256 cards."""
+    muon, adamw = (
+        plan(Plan(gpus=256, run=replace(recipe("lvm_3b"), optim=optim))).steps["best"]
+        for optim in (recipe("lvm_3b").optim, Optim(name="adamw"))
+    )
+    assert muon.optimiser - adamw.optimiser < 0.03 * adamw.seconds
+    assert (muon.mfu, adamw.mfu) == (pytest.approx(0.637, abs=5e-4), pytest.approx(0.65, abs=5e-4))
 
 
 def test_scaling_goes_to_1024_cards_and_knows_where_the_batch_ends():
@@ -427,3 +504,34 @@ def test_a_model_that_does_not_fit_is_told_what_would():
     big = plan(Plan(gpus=8, run=run))
     tight = plan(Plan(gpus=8, run=replace(run, recompute="full"), reserve_gib=1.0))
     assert big.micro_rows >= 1 and largest(tight.setting, tight.units) > big.modes["full"]
+
+
+@pytest.mark.parametrize(
+    ("name", "trunk"),
+    [
+        ("aim_600m", "679,627,776"),
+        ("aim_1b", "1,208,160,256"),
+        ("aim_3b", "2,718,210,048"),
+        ("aim_7b", "6,442,983,424"),
+    ],
+)
+def test_a_plan_of_patches_says_the_published_sizes(name, trunk, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--gpus", "64"])
+    text = capsys.readouterr().out
+    assert f"{trunk} in the trunk" in text
+    assert "not modelled: activations" in text and "nan" not in text
+
+
+def test_a_plan_of_patches_is_arithmetic_over_its_figures(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["aim_1b", "--gpus", "8", "--shards", "4", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    numbers = sum(found["parameters"].values())
+    assert sum(found["states"].values()) == pytest.approx(16 * numbers / 4, abs=16)
+    assert found["images"] == 4096 * 1_200_000
+    flops = found["flops_per_patch"]["causal, with the head"] * 256 * found["images"]
+    assert found["days"]["50%"] == pytest.approx(flops / (0.5 * 8 * 989e12) / 86_400)
+    with pytest.raises(SystemExit, match="2"):
+        main(["aim_1b", "--gpus", "8", "--shards", "3"])
+    assert "--shards 3 does not divide 8 ranks" in capsys.readouterr().err

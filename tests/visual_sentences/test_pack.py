@@ -24,7 +24,13 @@ def make_rows(documents: list[list[int]], *, seed: int = 0) -> Rows:
         edges = torch.tensor([0, *row]).cumsum(0)[:-1]
         starts[i, : len(edges)] = edges
     source = torch.arange(len(documents), dtype=torch.int32)
-    return Rows(tokens=tokens.to(torch.uint16), starts=starts, length=length, source=source)
+    return Rows(
+        tokens=tokens.to(torch.uint16),
+        starts=starts,
+        length=length,
+        source=source,
+        row=torch.zeros_like(source).long(),
+    )
 
 
 def slow(rows: Rows, layout: Layout, *, whole_rows: bool) -> dict[str, list[list[int]]]:
@@ -85,6 +91,7 @@ def test_the_layouts_are_as_drawn() -> None:
         starts=torch.tensor([[0, 3, -1]], dtype=torch.int32),
         length=torch.tensor([5], dtype=torch.int32),
         source=torch.zeros(1, dtype=torch.int32),
+        row=torch.zeros(1, dtype=torch.int64),
     )
     b, p, none = VOCAB.bos, VOCAB.pad, IGNORE
     bos = pack(rows, layout="bos", vocab=VOCAB)

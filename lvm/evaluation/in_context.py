@@ -10,6 +10,7 @@ groups of samples that belong together (a map, a clip): samples of one are not i
 S samples, m images of context, n codes an image.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,15 @@ class Prompts:
     target: Tensor  # int64 [S, n]
     tasks: list[str]  # source of each
     keys: list[str]  # key of each target
+
+    @property
+    def ids(self) -> list[str]:
+        """One of each target: equal where right prompt and target are, code by code."""
+        whole = torch.cat([self.right, self.target[:, None]], dim=1).to(torch.int64).numpy()
+        return [
+            hashlib.sha256(f"{task}\n".encode() + images.tobytes()).hexdigest()[:16]
+            for task, images in zip(self.tasks, whole, strict=True)
+        ]
 
     def shots(self, count: int) -> Tensor:
         """Return context [S, 2·count + 1, n]: the last `count` right pairs and the query."""
@@ -120,13 +130,27 @@ def find_prompts(reader: Reader, *, split: str, count: int, seed: int) -> Prompt
 def does_the_prompt_help(
     model: Transformer, prompts: Prompts, groups: Sequence[str], *, seed: int = 0
 ) -> dict[str, Any]:
-    """Return `summarise` of the targets under every kind of context."""
+    """Return `summarise` of the targets under every kind of context, and each target's own figures.
+
+    Beside the keys of `summarise`: "targets", a list of {"task", "key", "id", "group", "nll":
+    {"right", "none", "wrong"}} with the mean -log p of a code.
+    """
     pairs = prompts.right.shape[1] // 2
     shots = [target_nll(model, prompts.shots(k), prompts.target) for k in range(pairs + 1)]
     nll = {"right": shots[-1], "none": shots[0]}
     if prompts.wrong is not None:
         nll["wrong"] = target_nll(model, prompts.wrong, prompts.target)
-    return summarise(nll, groups, tasks=prompts.tasks, shots=shots, seed=seed)
+    report = summarise(nll, groups, tasks=prompts.tasks, shots=shots, seed=seed)
+    means = {kind: _per_sample(values) for kind, values in nll.items()}
+    named = zip(prompts.tasks, prompts.keys, prompts.ids, groups, strict=True)
+    report["targets"] = [
+        {
+            "task": task, "key": key, "id": name, "group": group,
+            "nll": {kind: round(float(values[i]), 6) for kind, values in means.items()},
+        }
+        for i, (task, key, name, group) in enumerate(named)
+    ]  # fmt: skip
+    return report
 
 
 def summarise(
@@ -140,41 +164,45 @@ def summarise(
 ) -> dict[str, Any]:
     """Return perplexities and paired ratios with 95 % bootstrap intervals over groups.
 
+    A perplexity is exp of the mean over all codes, and "lvm" beside it LVM's: exp of the mean over
+    the codes of a target, then the mean over targets.
+
     `nll` has [S] or [S, n] for "right", "wrong", "none" (those that there are), of the same targets
     in the same order; `shots[k]` the same with k pairs; `groups` and `tasks` name each sample's.
 
-        {"perplexity": {"right": {"mean", "low", "high", "n"}, …},
+        {"perplexity": {"right": {"mean", "low", "high", "lvm", "n"}, …},
          "paired": {"none/right": {"mean", "low", "high"}, "wrong/right": {…}},
-         "shots": [{"pairs", "mean", "low", "high", "n"}, …], "tasks": {name: {the first two}}}
+         "shots": [{"pairs", "mean", "low", "high", "lvm", "n"}, …],
+         "tasks": {name: {the three above}}}
 
     From a single group there is no interval: low and high are None.
     """
     means = {condition: _per_sample(values) for condition, values in nll.items()}
+    curve = [_per_sample(values) for values in shots]
     names = np.asarray(groups)
 
     def parts(chosen: np.ndarray) -> dict[str, Any]:
         def interval(values: np.ndarray) -> dict[str, float | None]:
             return bootstrap(values[chosen], names[chosen], draws=draws, seed=seed)
 
-        count = int(chosen.sum())
+        def perplexity(values: np.ndarray) -> dict[str, float | int | None]:
+            lvm = float(np.exp(values[chosen]).mean())
+            return {**interval(values), "lvm": lvm, "n": int(chosen.sum())}
+
         kinds = [k for k in ("right", "wrong", "none") if k in means]
         return {
-            "perplexity": {k: {**interval(means[k]), "n": count} for k in kinds},
+            "perplexity": {k: perplexity(means[k]) for k in kinds},
             "paired": {
                 f"{k}/right": interval(means[k] - means["right"])
                 for k in ("none", "wrong")
                 if {k, "right"} <= means.keys()
             },
+            "shots": [{"pairs": k, **perplexity(values)} for k, values in enumerate(curve)],
         }
 
-    every = np.ones(len(names), bool)
     labels = np.asarray(tasks)
     return {
-        **parts(every),
-        "shots": [
-            {"pairs": k, **bootstrap(_per_sample(v), names, draws=draws, seed=seed), "n": len(v)}
-            for k, v in enumerate(shots)
-        ],
+        **parts(np.ones(len(names), bool)),
         "tasks": {task: parts(labels == task) for task in dict.fromkeys(tasks)},
     }
 
@@ -185,18 +213,38 @@ def _per_sample(nll: Tensor) -> np.ndarray:
 
 
 def bootstrap(
-    values: np.ndarray, groups: np.ndarray, *, draws: int, seed: int
+    values: np.ndarray,
+    groups: np.ndarray,
+    *,
+    weights: np.ndarray | None = None,
+    draws: int = 2000,
+    seed: int = 0,
 ) -> dict[str, float | None]:
-    """Return exp of the mean of values [S], and its 95 % interval when whole groups are redrawn."""
+    """Return exp of the mean of values [S], and its interval, as `bootstrap_mean`."""
+    found = bootstrap_mean(values, groups, weights=weights, draws=draws, seed=seed)
+    return {name: None if v is None else float(np.exp(v)) for name, v in found.items()}
+
+
+def bootstrap_mean(
+    values: np.ndarray,
+    groups: np.ndarray,
+    *,
+    weights: np.ndarray | None = None,
+    draws: int = 2000,
+    seed: int = 0,
+) -> dict[str, float | None]:
+    """Return the mean of values [S] as "mean", "low" and "high", the 95 % percentile interval when
+    whole groups are redrawn; from a single group there is none. `weights` [S] are above 0."""
     labels, index = np.unique(groups, return_inverse=True)
-    mean = float(np.exp(values.mean()))
+    weights = np.ones(len(values)) if weights is None else weights
+    mean = float((values * weights).sum() / weights.sum())
     if len(labels) < 2:
         return {"mean": mean, "low": None, "high": None}
-    sums = np.bincount(index, weights=values)
-    sizes = np.bincount(index)
+    sums = np.bincount(index, weights=values * weights)
+    sizes = np.bincount(index, weights=weights)
     even = np.full(len(labels), 1 / len(labels))
     times = np.random.default_rng(seed).multinomial(len(labels), even, size=draws)
-    low, high = np.exp(np.quantile(times @ sums / (times @ sizes), [0.025, 0.975]))
+    low, high = np.quantile(times @ sums / (times @ sizes), [0.025, 0.975])
     return {"mean": mean, "low": float(low), "high": float(high)}
 
 

@@ -1,0 +1,1 @@
+"""The engine under `lvm.generate`: caches, steps, windows, how a code is chosen."""

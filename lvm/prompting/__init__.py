@@ -1,0 +1,1 @@
+"""Prompts from files and commands: what is asked, read, answered and written."""
