@@ -3,7 +3,7 @@
 #SBATCH --nodes=8
 #SBATCH --gpus-per-node=8
 #SBATCH --ntasks-per-node=8
-#SBATCH --cpus-per-task=14
+#SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
 #SBATCH --exclusive
 #SBATCH --requeue

@@ -22,7 +22,7 @@ def _aim(recipe: str, *, width: int, layers: int, heads: int, steps: int) -> Run
         batch_rows=BATCH,
         micro_rows=64,
         recompute="full",
-        workers=12,
+        workers=6,
         save_every=2500,
     )
 
@@ -76,7 +76,7 @@ def aim_b() -> Run:
         steps=250_000,
         batch_rows=BATCH,
         micro_rows=128,
-        workers=12,
+        workers=6,
         save_every=2500,
     )
 

@@ -71,7 +71,7 @@ def assert_same_run(run, unbroken):
 
 
 def test_every_script_is_accepted(slurm):
-    assert len(SCRIPTS) == 7
+    assert len(SCRIPTS) == 9
     for name in SCRIPTS:
         nodes = 1 if name == "build_array.sh" else 2
         slurm.call("sbatch", "--test-only", f"--nodes={nodes}", f"launch/{name}")
