@@ -40,7 +40,7 @@ class Scenes:
     pictures: Path
     """Folder that examples.render wrote."""
     out: Path
-    steps: int = 1500
+    steps: int = 600
     """Updates of 64 images."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of the weights, the order of the images, and the probes."""
@@ -164,7 +164,7 @@ def _plot(results: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(5, 3), dpi=110, layout="constrained")
     for seed, points in zip(results["seeds"], results["curves"], strict=True):
         axes.plot(*zip(*points, strict=True), label=f"seed {seed}", linewidth=1)
-    axes.set(xlabel="update", ylabel="loss: normalised pixels, mean squared")
+    axes.set(xlabel="update", ylabel="loss on normalised pixels")
     axes.legend(frameon=False)
     figure.savefig(path)
     pyplot.close(figure)
