@@ -130,11 +130,23 @@ def check_out(out: Path) -> None:
     foreign = sorted(
         n for n in there - known if not (n.startswith("model-") and n.endswith(".safetensors"))
     )
-    if foreign or (there and not {"lvm.json", interop.CONFIG} & there):
+    if foreign or (there and not _is_export(out)):
         raise InputError(
             f"--out {out} already holds {', '.join(foreign[:3] or sorted(there)[:3])}, which is no "
             "export; name a new or empty folder"
         )
+
+
+def _is_export(out: Path) -> bool:
+    """Say whether a folder is one of ours: a model of pixels has no lvm.json, but its config says
+    so. A downloaded model has neither, and is never replaced."""
+    if (out / "lvm.json").is_file():
+        return True
+    try:
+        found = json.loads((out / interop.CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("format") == interop.FORMAT
 
 
 def shard_bytes(gb: float) -> int:

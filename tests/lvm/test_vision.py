@@ -513,6 +513,17 @@ def test_an_export_opens_with_the_same_features(tmp_path):
         assert torch.equal(again(images), model(images))
     with pytest.raises(InputError, match="native"):
         export.write(model, tmp_path / "n", format="hf")
+    export.write(model, tmp_path / "m", format="native")  # an earlier export is replaced
+
+
+def test_a_downloaded_model_is_never_replaced_by_an_export(tmp_path):
+    theirs = tmp_path / "LVM_ckpts"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"model_type": "llama"}')
+    (theirs / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(InputError, match="which is no export"):
+        export.write(learner_of().model, theirs, format="native")
+    assert (theirs / "model.safetensors").read_bytes() == b"weights"
 
 
 def test_a_float_image_is_the_same_as_bytes():
