@@ -1,7 +1,8 @@
 """What a run writes down: metrics.jsonl, one object a line, and environment.json.
 
 A train line sums up the updates since the line before. `loss` is what is minimised and `nll` its
-likelihood part, both a mean over predicted codes; perplexity = exp(nll). `tokens` counts positions
+likelihood part, both a mean over predicted codes; perplexity = exp(nll). A model of patches has in
+their place `distance`, the mean of its term over predicted patches. `tokens` counts positions
 of all rows so far, padding included, and `tokens_per_s` follows it. `mfu` is
 
     tokens_per_s x flops_per_token / (devices x peak FLOP/s of a device in bf16, dense)

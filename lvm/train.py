@@ -255,7 +255,7 @@ class Training:
             apart[name] = {k: measures(*sums.tolist()) for k, sums in sums_of.items() if sums[2]}
         values = measures(*found.sum(0).tolist())
         self.log.write({"step": self.trainer.step, "split": "val", **values, **apart})
-        self.progress.update(0, val=next(iter(values.values())))
+        self.progress.update(0, val=values["perplexity" if "perplexity" in values else "distance"])
 
     def save(self) -> None:
         self.saver.save(self.trainer, model=self.learner, optimisers=self.optimisers)
